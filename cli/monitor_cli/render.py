@@ -1,0 +1,372 @@
+"""What the commands print. Everything is laid out by `rich` without boxes; every name goes through `plain` first."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from monitor.block import Steps
+from monitor.diagnosis.finding import Finding, Incident
+from monitor.diagnosis.report import describe
+from monitor.diagnosis.text import BADGES, duration, number, place, plain, when
+from monitor.errors import RunFormatError
+from monitor.metric import Array, Metric
+from monitor.rule import HEADINGS, Remedy, Rule
+from monitor.store.run import open_run
+from monitor_cli.view import Number, View, started, thresholds, together
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+NONFINITE = "×"
+#: A positive curve that spans more than this factor is drawn on a logarithmic scale.
+SPAN = 100.0
+
+#: Incidents told in full, and in brief; the rest are counted.
+FULL, BRIEF = 1, 2
+#: Consequences, warnings and gaps shown before they are counted.
+FEW = 4
+#: Rows of the table of runs.
+MANY = 12
+
+COLOURS = {"healthy": "green", "info": "cyan", "warning": "yellow", "critical": "red", "not_enough_evidence": "magenta"}
+LABEL = 9
+
+
+def spark(steps: Steps, high: Array, last: int, width: int, log: bool) -> str:
+    """A curve as ``width`` blocks of eight levels, each the highest value of its steps, so that no spike is lost.
+
+    Args:
+        steps: ``(band,)`` first step of each band, increasing.
+        high: ``(band,)`` largest value in it; NaN or inf show as "×".
+        last: last step of the curve.
+        width: cells to fill; fewer if there are fewer bands.
+        log: logarithmic scale; values ≤ 0 then stand on the floor.
+
+    Returns:
+        The line; cells without a value are blank.
+    """
+    cells = min(width, len(steps))
+    if cells < 1:
+        return ""
+    cell = (steps - steps[0]) * cells // max(last - int(steps[0]) + 1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.where(high > 0, np.log(high), -math.inf) if log else high.copy()
+    drawn = scaled[np.isfinite(scaled)]
+    low, span = (float(drawn.min()), float(np.ptp(drawn))) if len(drawn) else (0.0, 0.0)
+    line = [" "] * cells
+    for c in range(cells):
+        inside = cell == c
+        if not np.isfinite(high[inside]).all():
+            line[c] = NONFINITE
+        elif inside.any():
+            part = (float(scaled[inside].max()) - low) / span if span else 0.5
+            line[c] = BLOCKS[max(0, min(int(part * len(BLOCKS)), len(BLOCKS) - 1))]
+    return "".join(line)
+
+
+class Sparkline:
+    """A series drawn as wide as the place it is given, at most ``limit`` cells."""
+
+    def __init__(self, series: Number, limit: int = 100) -> None:
+        self.series = series
+        s = series.summary
+        low, high = s.min, s.max
+        # what the definition asks for, or what the values ask for: a loss falls through decades
+        self.log = bool(low >= 0 and high > 0 and (series.log or s.band.min[s.band.min > 0].min() * SPAN < high))
+        self.limit = limit
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The line."""
+        s = self.series.summary
+        line = spark(s.band.steps, s.band.max, s.last_step, min(options.max_width, self.limit), self.log)
+        text = Text(line, "cyan", no_wrap=True)
+        text.highlight_regex(NONFINITE, "bold red")
+        yield text
+
+
+def screen(view: View, everything: bool = False) -> RenderableType:
+    """All that `monitor inspect` shows of one run.
+
+    Args:
+        view: the run.
+        everything: shorten nothing.
+    """
+    blocks = [_header(view), *_curves(view), _verdict(view), *_incidents(view, everything)]
+    blocks += [_numbers(view), _notes(view, everything)]
+    return Group(*(Padding(b, (0, 0, 1, 0)) for b in blocks[:-1] if b), blocks[-1])
+
+
+def watched(view: View, everything: bool) -> RenderableType:
+    """`screen`, and how to leave it."""
+    return Group(screen(view, everything), Text("\nlive; Ctrl-C leaves, the training goes on", "dim italic"))
+
+
+def runs(paths: Sequence[Path], everything: bool) -> RenderableType:
+    """A table of runs, newest first; one that cannot be read says why in its place."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, justify in (("run", "left"), ("status", "left"), ("steps", "right"), ("verdict", "left")):
+        grid.add_column(justify=justify, no_wrap=name != "verdict")
+    grid.add_column(no_wrap=True)
+    grid.add_row(*(Text(t, "dim") for t in ("run", "status", "steps", "verdict", "begun")))
+    shown = paths if everything else paths[:MANY]
+    for path in shown:
+        try:
+            run = open_run(path)
+            begun = started(run)
+            grid.add_row(
+                Text(plain(run.name, 32)),
+                Text(plain(run.status, 12)),
+                f"{run.steps:,}",
+                badge(run.verdict().level),
+                f"{begun.astimezone():%Y-%m-%d %H:%M}" if begun else "",
+            )
+        except RunFormatError as e:
+            grid.add_row(Text(plain(path.name, 32)), "unreadable", "", Text(plain(e)), "")
+    if len(paths) > len(shown):
+        return Group(grid, Text(f"… and {len(paths) - len(shown)} older, --all lists them", "dim"))
+    return grid
+
+
+def badge(level: str) -> Text:
+    """A level as a shape, a word and a colour."""
+    return Text(BADGES.get(level, plain(level)), f"bold {COLOURS.get(level, '')}".strip())
+
+
+def _header(view: View) -> RenderableType:
+    run = view.run
+    first = Text.assemble((plain(run.name, 50), "bold"))
+    for part in (plain(view.model, 30), f"{view.parameters:,} parameters" if view.parameters else ""):
+        first.append(f"  {part}" if part else "")
+    parts = [plain(run.status) + (f" after {duration(view.seconds)}" if view.seconds else ""), f"{run.steps:,} steps"]
+    if run.attempts > 1:
+        parts[-1] += f" in {run.attempts} attempts"
+    if view.started:
+        parts.append(f"begun {view.started.astimezone():%Y-%m-%d %H:%M}")
+    return Group(first, Text("  ".join(parts), "dim"))
+
+
+def _curves(view: View) -> Iterable[RenderableType]:
+    for series in view.curve:
+        s, line = series.summary, Sparkline(series)
+        name = plain(s.module or s.metric, 30)
+        said = f"{name}  {number(s.first)} → {number(s.last)}  min {number(s.min)}  max {number(s.max)}"
+        if s.nonfinite:
+            said += f"  {NONFINITE} {s.nonfinite:,} not finite"
+        yield Group(Text(said + ("  log scale" if line.log else "")), line)
+
+
+def _verdict(view: View) -> RenderableType:
+    level, text = view.verdict.level, plain(view.verdict.text)
+    return _rows([(badge(level), Text(text, "bold"))], gap=2)
+
+
+def _incidents(view: View, everything: bool) -> Iterable[RenderableType]:
+    incidents = view.verdict.incidents
+    full, brief = (len(incidents), 0) if everything else (FULL, BRIEF)
+    for i, incident in enumerate(incidents[: full + brief]):
+        yield _incident(view, incident, everything, brief=i >= full)
+    rest = len(incidents) - full - brief
+    if rest > 0:
+        yield Text(f"… and {rest} more incidents, --all lists them", "dim")
+
+
+def _incident(view: View, incident: Incident, everything: bool, brief: bool) -> RenderableType:
+    head = incident.head
+    rule = view.rules.get(head.rule)
+    title = Text.assemble(
+        (plain(head.title), f"bold {COLOURS[head.severity]}"), f"  {head.severity}  {when(head, rule)}  {place(head)}"
+    )
+    rows: list[tuple[RenderableType, RenderableType]] = [(_label("what"), Text(plain(describe(head, rule))))]
+    if not brief:
+        rows.append((_label("measured"), _measured(head, rule)))
+    if incident.consequences:
+        rows.append((_label("then"), _consequences(incident.consequences, everything, brief)))
+    if rule is not None:
+        rows += [(_label("do" if i == 0 else "or"), _remedy(r)) for i, r in enumerate(rule.remedies[: 1 if brief else None])]
+        if not brief:
+            rows.append((_label("unless"), Text(plain(rule.refute), "dim")))
+    return Group(title, Padding(_rows(rows), (0, 0, 0, 2)))
+
+
+def _measured(f: Finding, rule: Rule | None) -> Text:
+    text = Text(f"{number(f.value)} against a threshold of {number(f.threshold)}")
+    if f.peak_step != f.first_step:
+        text.append(f" at step {f.peak_step:,}")
+    for name, value in f.evidence.items():
+        text.append(f", {plain(name)} {number(value)}")
+    for p in thresholds(f, rule) if rule is not None else ():
+        text.append(f"\n{p.name} {number(p.value)} {_unit(p.unit)}: {p.source}", "dim")
+    if rule is not None and rule.experimental:
+        text.append("\nexperimental: these thresholds have neither a source nor a calibration yet", "dim")
+    return text
+
+
+def _consequences(findings: Sequence[Finding], everything: bool, brief: bool) -> RenderableType:
+    groups = [(f, 0) for f in findings] if everything else together(findings)
+    if brief:
+        names = dict.fromkeys(f.title for f, _ in groups)
+        return Text(", ".join(plain(n) for n in names))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for style in ("", COLOURS["warning"], ""):
+        grid.add_column(style=style, no_wrap=True)
+    grid.add_column(ratio=1)
+    shown = groups if everything else groups[:FEW]
+    for f, others in shown:
+        more = f" … and {others} more, --all lists them" if others else ""
+        sign = ">" if f.value > f.threshold else "<" if f.value < f.threshold else "="
+        grid.add_row(
+            f"step {f.first_step:,}",
+            Text(plain(f.title), COLOURS[f.severity]),
+            f"{number(f.value)} {sign} {number(f.threshold)}",
+            Text(plain(f.module, 40) + more),
+        )
+    if len(groups) > len(shown):
+        return Group(grid, Text(f"… and {len(groups) - len(shown)} more kinds, --all lists them", "dim"))
+    return grid
+
+
+def _remedy(r: Remedy) -> Text:
+    text = Text(r.text)
+    if r.import_path:
+        text.append(f"  {r.import_path}", "bold")
+    return text
+
+
+def _numbers(view: View) -> RenderableType | None:
+    if not view.numbers:
+        return None
+    grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    grid.add_column(no_wrap=True, max_width=38)
+    for _ in range(3):
+        grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(ratio=1, no_wrap=True)
+    grid.add_row(*(Text(t, "dim") for t in ("", "last", "min", "max", "")))
+    for series in view.numbers:
+        s = series.summary
+        name = Text.assemble(series.ref, (f" {plain(s.module, 20)}" if s.module else "", "dim"))
+        name.append(f" [{series.unit}]" if _unit(series.unit) else "", "dim")
+        grid.add_row(name, number(s.last), number(s.min), number(s.max), Sparkline(series))
+    return grid
+
+
+def _notes(view: View, everything: bool) -> RenderableType:
+    rows: list[tuple[RenderableType, RenderableType]] = []
+    fraction = view.overhead.get("fraction")
+    if isinstance(fraction, int | float):
+        rows.append((_label("cost"), Text(f"recording took {fraction:.1%} of the training time", "dim")))
+
+    def add(label: str, lines: Sequence[str]) -> None:
+        shown = lines if everything else lines[:FEW]
+        if len(lines) > len(shown):
+            shown = [*shown, f"… and {len(lines) - len(shown)} more, --all lists them"]
+        if shown:
+            rows.append((_label(label), Text("\n".join(shown), "dim")))
+
+    add("absent", [f"{plain(what, 40)}: {plain(why)}" for what, why in view.absent])
+    add("unjudged", [f"{plain(rule, 40)}: {plain(why)}" for rule, why in view.verdict.unjudged.items()])
+    add("warnings", [plain(w) for w in view.run.warnings])
+    return _rows(rows)
+
+
+def _label(text: str) -> Text:
+    return Text(f"{text:<{LABEL}}", "dim")
+
+
+def _unit(unit: str) -> str:
+    return "" if unit == "1" else unit
+
+
+def _rows(rows: Iterable[tuple[RenderableType, RenderableType]], gap: int = 1) -> Table:
+    """Labels on the left, text that wraps under itself on the right."""
+    grid = Table.grid(padding=(0, gap, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    for label, text in rows:
+        grid.add_row(label, text)
+    return grid
+
+
+def catalogue(metrics: Mapping[str, Metric], rules: Mapping[str, Rule]) -> RenderableType:
+    """Every metric and rule with its title."""
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, style="dim")
+    grid.add_column(ratio=1)
+    grid.add_row(Text("rules", "bold"))
+    for r in rules.values():
+        grid.add_row(f"  {r.id}", r.severity, r.title)
+    grid.add_row("")
+    grid.add_row(Text("metrics", "bold"))
+    for m in metrics.values():
+        grid.add_row(f"  {m.id}", m.site, m.title)
+    return Group(grid, Text("\nmonitor explain ID says more", "dim"))
+
+
+def metric(m: Metric) -> RenderableType:
+    """All that a metric's file says."""
+    columns = Table.grid(padding=(0, 2, 0, 0))
+    for c in m.columns:
+        columns.add_row(Text(f"{m.id}.{c.name}", "bold"), Text(f"[{c.unit}]", "dim"), c.doc)
+    rows: list[tuple[RenderableType, RenderableType]] = [
+        (_label("site"), Text(m.site)),
+        (_label("cost"), Text(m.cost)),
+        (_label("source"), Text(m.source)),
+    ]
+    if m.needs:
+        rows.append((_label("from"), Text(", ".join(m.needs) + "; computed when asked for, not stored")))
+    return Group(_title(m.id, m.title), *_prose(m.doc), columns, "", _rows(rows))
+
+
+def rule(r: Rule) -> RenderableType:
+    """All that a rule's file says."""
+    params = Table.grid(padding=(0, 2, 0, 0))
+    for p in r.params:
+        params.add_row(Text(p.name, "bold"), f"{number(p.value)} {_unit(p.unit)}".strip(), Text(p.source, "dim"))
+    remedies = Table.grid(padding=(0, 2, 0, 0))
+    for remedy in r.remedies:
+        remedies.add_row("·", _remedy(remedy))
+    rows: list[tuple[RenderableType, RenderableType]] = [
+        (_label("severity"), Text(r.severity + (", experimental" if r.experimental else ""))),
+        (_label("reads"), Text(", ".join(r.needs) or "facts of the run")),
+        (_label("numbers"), params),
+        (_label("remedies"), remedies),
+        (_label("unless"), Text(r.refute)),
+    ]
+    return Group(_title(r.id, r.title), *_prose(r.doc), _rows(rows))
+
+
+def _title(id: str, title: str) -> Text:
+    return Text.assemble((id, "bold"), f"  {title}\n")
+
+
+def _prose(doc: str) -> Iterable[RenderableType]:
+    """A docstring for a terminal: headings stand out, formulas stay as they are, paragraphs take the width there is."""
+    for heading, paragraph in paragraphs(doc):
+        if heading:
+            yield Text(heading, "bold")
+        text = paragraph.replace("``", "").replace("`", "")
+        block = Text(f"{text}\n" if text.startswith(" ") else " ".join(text.split()) + "\n")
+        yield Padding(block, (0, 0, 0, 2)) if heading else block
+
+
+def paragraphs(doc: str) -> Iterable[tuple[str, str]]:
+    """A metric's or rule's docstring as ``(heading, paragraph)``.
+
+    The heading is "" but for the first paragraph below one of `HEADINGS`. A paragraph that begins with a space is a formula
+    and keeps its lines.
+    """
+    for part in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
+        first, _, rest = part.partition("\n")
+        if first.rstrip(":") in HEADINGS:
+            yield first.rstrip(":"), textwrap.dedent(rest)
+        else:
+            yield "", part

@@ -1,0 +1,231 @@
+"""The page that opens first: what is wrong, where it began, and the series to judge it by."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import streamlit as st
+from monitor.diagnosis.report import describe
+
+from monitor.metric import Metric
+from monitor.rule import load_rules
+from monitor_dashboard import data, figures, markup, theme
+from monitor_dashboard.data import View
+from monitor_dashboard.figures import Panel, Pin
+from monitor_dashboard.keys import Key
+from monitor_dashboard.page import Page
+from monitor_dashboard.sampling import Line
+
+#: Lines in one strip, and findings with a band of their own: more is not read but counted.
+MAX_LINES, MAX_PINS = 8, 400
+#: A loss that spans this factor opens on a log scale.
+DECADES = 100.0
+
+
+def page(view: View) -> None:
+    """Draw the overview of one run."""
+    if not view.run.steps:
+        st.html(markup.line("No step has been recorded yet."))
+        return
+    st.html(markup.verdict(view.verdict))
+    charts, words = st.columns([0.7, 0.3], gap="medium")
+    with charts:
+        window = _series(view)
+        _parameters(view, window)
+    with words:
+        _incidents(view)
+        _recording(view)
+
+
+def _series(view: View) -> tuple[int, int]:
+    """Loss and one other series of the whole run with the findings pinned to them; the steps that are shown."""
+    metrics = {m.id: m for m in view.plotted("line")}
+    loss = metrics.pop("loss", None)
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        window = _window(view)
+        signal = _choose(Key.SIGNAL, list(metrics), "logit_norm", 190) if metrics else None
+        log = loss is not None and st.toggle(
+            "log loss", value=_decades(view, loss), key=Key.LOG, bind="query-params", width="content"
+        )
+    panels = []
+    if loss:
+        panels.append(_panel(view, loss, window, log=log, height=190))
+    if signal:
+        panels.append(_panel(view, metrics[signal], window, log=metrics[signal].plot.log, height=108))
+    if panels:
+        _strips(view, panels, _pins(view, window), window, Key.LINES)
+    missing = [name for name in ("loss", "logit_norm") if name not in view.metrics]
+    if missing:
+        st.html(markup.line(f"Not recorded: {', '.join(missing)}"))
+    return window
+
+
+def _choose(key: Key, options: list[str], preferred: str, width: int, **more: Any) -> str:
+    index = options.index(preferred) if preferred in options else 0
+    return st.selectbox(
+        key, options, index=index, key=key, bind="query-params", label_visibility="collapsed", width=width, **more
+    )
+
+
+def _window(view: View) -> tuple[int, int]:
+    """Two fields for the first and last step to show, and the steps they mean: an empty field follows the run.
+
+    The window is ours, in these fields and the address, because a zoom kept by a chart is lost when its data change.
+    """
+    first, last = view.run.first_step, view.run.last_step
+    st.html(markup.heading("Steps"), width="content")
+    for key, hint in ((Key.FIRST, f"{first:,}"), (Key.LAST, "latest")):
+        st.number_input(
+            key, min_value=0, value=None, step=1, placeholder=hint, key=key, bind="query-params", width=104,
+            label_visibility="collapsed",
+        )  # fmt: skip
+    asked = st.session_state[Key.FIRST], st.session_state[Key.LAST]
+    st.button(
+        "whole run", key=Key.WHOLE, type="tertiary", disabled=asked == (None, None), on_click=_show, args=(None, None)
+    )
+    low, high = (limit if wish is None else wish for wish, limit in zip(asked, (first, last), strict=True))
+    if low > high or low > last or high < first:
+        st.html(markup.line(f"no step {low:,} – {high:,}: this is the whole run"), width="content")
+        return first, last
+    return max(low, first), min(high, last)
+
+
+def _show(first: int | None, last: int | None) -> None:
+    st.session_state[Key.FIRST], st.session_state[Key.LAST] = first, last
+
+
+def _dragged(key: str) -> None:
+    box = st.session_state[key].selection.box
+    if box:
+        low, high = sorted(box[0]["x"])
+        if math.floor(high) > math.ceil(low):
+            _show(max(0, math.ceil(low)), math.floor(high))
+
+
+def _strips(view: View, panels: list[Panel], pins: list[Pin], window: tuple[int, int], key: Key) -> None:
+    # a chart that has been dragged keeps its selection: a new window gets a new chart
+    name = f"{key}-{st.session_state[Key.FIRST]}-{st.session_state[Key.LAST]}"
+    st.plotly_chart(
+        figures.lines(panels, pins, window, theme.palette()), key=name, theme=None, config=figures.CONFIG,
+        on_select=lambda: _dragged(name), selection_mode="box",
+    )  # fmt: skip
+
+
+def _decades(view: View, loss: Metric) -> bool:
+    lines = _lines(view, loss, (view.run.first_step, view.run.last_step), log=True)
+    lows = [float(v) for line in lines.values() for v in line.low if v == v]
+    highs = [float(v) for line in lines.values() for v in line.high if v == v]
+    return bool(lows) and max(highs) >= DECADES * min(lows)
+
+
+def _lines(
+    view: View, metric: Metric, window: tuple[int, int], *, log: bool, only: str | None = None
+) -> dict[str, Line]:
+    """The lines of a metric by name; of the module ``only`` if given."""
+    drawn: dict[str, Line] = {}
+    refs = data.columns(metric)
+    for ref in refs:
+        modules = view.modules(ref) if only is None else (only,)
+        column = ref.partition(".")[2]
+        for module in modules:
+            name = column if len(modules) == 1 else module if len(refs) == 1 else f"{module} {column}"
+            drawn[name] = view.line(ref, module, *window, log)
+    return drawn
+
+
+def _panel(
+    view: View, metric: Metric, window: tuple[int, int], *, log: bool, height: int, only: str | None = None
+) -> Panel:
+    drawn = _lines(view, metric, window, log=log, only=only)
+    title = metric.id if len(drawn) <= MAX_LINES else f"{metric.id} ({MAX_LINES} of {len(drawn)})"
+    shown = dict(list(drawn.items())[:MAX_LINES])
+    return Panel(title, metric.title, data.unit(metric), shown, log, height)
+
+
+def _pins(view: View, window: tuple[int, int]) -> list[Pin]:
+    """Findings within the window: the heads of incidents, numbered as in the list, then what followed from them."""
+    heads, others = [], []
+    rules = load_rules()
+    for i, incident in enumerate(view.verdict.incidents, start=1):
+        for finding in incident.findings:
+            if finding.first_step <= window[1] and finding.last_step >= window[0]:
+                first, last = max(finding.first_step, window[0]), min(finding.last_step, window[1])
+                head = finding is incident.head
+                text = f"{finding.title}: {describe(finding, rules.get(finding.rule))}"
+                pin = Pin(first, last, finding.severity, str(i) if head else "", text)
+                (heads if head else others).append(pin)
+    return (heads + others)[:MAX_PINS]
+
+
+def _parameters(view: View, window: tuple[int, int]) -> None:
+    """Modules × steps of one metric, and every such metric of one module below."""
+    metrics = {m.id: m for m in view.plotted("heatmap")}
+    if not metrics:
+        st.html(markup.line("No metric was recorded for single parameters."))
+        return
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.html(markup.heading("Parameters"), width="content")
+        metric = metrics[_choose(Key.METRIC, list(metrics), "grad_norm", 190)]
+        ref = data.main_column(metric)
+        modules = list(view.modules(ref))
+        module = _choose(Key.MODULE, modules, _suspect(view, modules), 330, format_func=markup.name)
+        grid = view.grid(ref, *window)
+        note = "click a row for its series · drag a chart to look closer"
+        if grid.hidden:
+            note = f"{len(grid.modules)} of {len(modules):,} rows: those with the largest values"
+        st.html(markup.line(note), width="content")
+    figure, curves = figures.heat_map(grid, metric.title, module, window, theme.palette())
+    st.plotly_chart(
+        figure,
+        key=Key.MAP,
+        theme=None,
+        config=figures.CONFIG,
+        on_select=lambda: _clicked(curves),
+        selection_mode="points",
+    )
+    st.html(markup.heading_of(module))
+    own = [m for m in metrics.values() if module in view.modules(data.main_column(m))]
+    panels = [_panel(view, m, window, log=m.plot.log, height=84, only=module) for m in own]
+    _strips(view, panels, [], window, Key.DETAIL)
+
+
+def _clicked(curves: list[str]) -> None:
+    points = st.session_state[Key.MAP].selection.points
+    if points and curves[points[0]["curve_number"]]:
+        st.session_state[Key.MODULE] = curves[points[0]["curve_number"]]
+
+
+def _suspect(view: View, modules: list[str]) -> str:
+    """The module that the worst incident names; "" if none does."""
+    named = (f.module for incident in view.verdict.incidents for f in incident.findings)
+    return next((module for module in named if module in modules), "")
+
+
+def _incidents(view: View) -> None:
+    incidents = view.verdict.incidents
+    st.html(markup.heading(f"Incidents · {len(incidents)}" if incidents else "Incidents"))
+    if not incidents:
+        st.html(markup.line("None found."))
+    rules = load_rules()
+    for i, incident in enumerate(incidents, start=1):
+        with st.expander(markup.incident_label(i, incident), expanded=i == 1):
+            st.html(markup.incident(incident, rules))
+            first = min(f.first_step for f in incident.findings)
+            last = max(f.last_step for f in incident.findings)
+            margin = max(20, (last - first) // 5)
+            st.button(
+                "Show these steps", key=f"{Key.ZOOM}-{i}", type="tertiary", on_click=_show,
+                args=(max(0, first - margin), last + margin),
+            )  # fmt: skip
+
+
+def _recording(view: View) -> None:
+    """What recording cost and what it missed."""
+    st.html(markup.heading("Recording") + markup.recording(view.run))
+    if view.verdict.unjudged:
+        with st.expander(f"Not judged · {len(view.verdict.unjudged)}"):
+            st.html(markup.table(view.verdict.unjudged.items(), words=True))
+
+
+PAGE = Page("Overview", 0, page)

@@ -1,0 +1,54 @@
+"""Curvature of a training loss: pure functions of a model and fixed data, none of which disturbs training.
+
+    from monitor.curvature import spectrum
+    spectrum(model, F.cross_entropy, (x, y), optimizer=optimizer)
+
+`spectrum` measures everything at once; the rest are its parts. Operators are known only by their products with vectors,
+memory grows with the number of products, and every estimate carries a residual or a standard error.
+"""
+
+from __future__ import annotations
+
+from monitor.curvature.closure import LossClosure
+from monitor.curvature.density import SpectralDensity, density
+from monitor.curvature.lanczos import Eigenvalues, Krylov, lanczos
+from monitor.curvature.products import (
+    EmpiricalFisher,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Operator,
+    combined,
+    scaled,
+)
+from monitor.curvature.spectrum import Spectrum, block_spectra, spectrum
+from monitor.curvature.stability import Stability, averaged_gradient, heavy_ball, nesterov, stability, update_rule
+from monitor.curvature.trace import Estimate, traces, xtrace
+
+__all__ = [
+    "Eigenvalues",
+    "EmpiricalFisher",
+    "Estimate",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "Krylov",
+    "LossClosure",
+    "Operator",
+    "SpectralDensity",
+    "Spectrum",
+    "Stability",
+    "averaged_gradient",
+    "block_spectra",
+    "combined",
+    "density",
+    "heavy_ball",
+    "lanczos",
+    "nesterov",
+    "scaled",
+    "spectrum",
+    "stability",
+    "traces",
+    "update_rule",
+    "xtrace",
+]

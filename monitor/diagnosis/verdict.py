@@ -1,0 +1,82 @@
+"""One sentence on a run: what is wrong, since when, and what it led to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from monitor.diagnosis.finding import Finding, Incident, Verdict
+from monitor.diagnosis.incident import group
+from monitor.rule import load_rules
+
+#: Sites whose modules a person knows by name; elsewhere the title says enough.
+_NAMED = ("input", "activation", "attention", "router", "gradient", "update", "parameter", "state")
+
+
+def verdict(findings: Iterable[Finding], unjudged: Mapping[str, str], steps: int) -> Verdict:
+    """The verdict on what was found.
+
+    Args:
+        findings: all findings of the run.
+        unjudged: rules that could not decide -> why.
+        steps: number of recorded steps.
+    """
+    rules = load_rules()
+    incidents = tuple(group(findings))
+    judged = len(rules) - len(unjudged)
+    if incidents:
+        worst, more = incidents[0], len(incidents) - 1
+        text = sentence(worst)
+        if worst.severity == "info":
+            text = f"No problem found in {steps:,} steps; worth knowing: {_lower(text)}"
+        if more:
+            text += f" {more} more incident{'s' if more > 1 else ''}."
+        return Verdict(worst.severity, text, incidents, dict(unjudged))
+    if all(r.id in unjudged for r in rules.values() if r.check is not None):
+        text = f"Not enough evidence: {steps:,} step{'s' if steps != 1 else ''} recorded, and no rule could be judged."
+        return Verdict("not_enough_evidence", text, incidents, dict(unjudged))
+    rest = f"; {len(unjudged)} had not enough evidence" if unjudged else ""
+    text = f"No problem found in {steps:,} steps ({judged} rule{'s' if judged != 1 else ''} judged{rest})."
+    return Verdict("healthy", text, incidents, dict(unjudged))
+
+
+def sentence(incident: Incident) -> str:
+    """One incident in one sentence: its head, then what followed from it, each rule once."""
+    head = incident.head
+    follows: dict[str, list[Finding]] = {}
+    for f in incident.consequences:
+        if f.severity != "info" or head.severity == "info":
+            follows.setdefault(f.rule, []).append(f)
+    text = f"{head.title}{_where([head, *follows.pop(head.rule, [])])}"
+    if load_rules()[head.rule].audit is not None:
+        return f"{text}."
+    if head.open:
+        text += f" from step {head.first_step:,} on"
+    else:
+        text += _at(head)
+    led = []
+    for found in follows.values():
+        first = found[0]
+        when = " at the same step" if first.first_step == head.first_step else f" at step {first.first_step:,}"
+        led.append(f"{_lower(first.title)}{_where(found)}{when}")
+    if led:
+        text += f"; it led to {', '.join(led[:-1])}{' and ' if len(led) > 1 else ''}{led[-1]}"
+    return f"{text}."
+
+
+def _at(f: Finding) -> str:
+    if f.first_step == f.last_step:
+        return f" at step {f.first_step:,}"
+    return f" in steps {f.first_step:,}–{f.last_step:,}"
+
+
+def _where(found: list[Finding]) -> str:
+    """The first module, and how many others."""
+    names = list(dict.fromkeys(f.module for f in found))
+    if found[0].site not in _NAMED or not names[0]:
+        return ""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f" in {names[0]}{others}"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

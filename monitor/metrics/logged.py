@@ -1,0 +1,47 @@
+"""Numbers the script handed over itself, such as a validation loss.
+
+    value = what ``handle.log(name=value)`` was given during the step
+
+one series per name, recorded at the steps at which it was logged and absent in between.
+
+Healthy, unhealthy: as the script means it. A validation loss that rises while `loss` falls is overfitting; a
+validation accuracy that rises long after the training accuracy has reached 1 is grokking.
+
+Source: the script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import nan
+
+from monitor.metric import Block, Case, Column, Metric, Plot, Result
+from monitor.metrics._columns import recorded
+
+
+def compute(block: Block) -> Mapping[str, Result]:
+    """The value as it was logged."""
+    return {"value": recorded(block, "value")}
+
+
+def oracle() -> Iterable[Case]:
+    """Two names, logged at different steps."""
+    value = [[2.5, None], [None, None], [nan, 0.75]]
+    yield Case(
+        {"value": value}, {"value": value}, "recorded values pass unchanged", modules=("val_loss", "val_accuracy")
+    )
+
+
+METRIC = Metric(
+    id="logged",
+    title="Logged by the script",
+    site="state",
+    columns=(Column("value", "1", "number given to handle.log"),),
+    compute=compute,
+    source="the script",
+    cost="nothing",
+    plot=Plot("value"),
+    oracle=oracle,
+    reads="logged",
+    doc=__doc__ or "",
+)

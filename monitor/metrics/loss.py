@@ -1,0 +1,51 @@
+"""The training loss: the tensor that ``backward()`` was called on.
+
+    value = sum of that tensor over the micro-batches of the step, the loss scale divided out
+
+so it is the quantity whose gradient the optimizer used, with every term the script added (regularisers, auxiliary
+heads). ``micro_steps`` counts the ``backward()`` calls that made the step.
+
+Healthy: falls, then flattens, with a few per cent of noise from batch to batch.
+
+Unhealthy: NaN or infinite; a jump that `loss_z` puts beyond 6; far above its own past after having fallen; exactly 0,
+where rows have stopped teaching (see `loss_zero_frac`).
+
+Source: definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import inf, nan
+
+from monitor.metric import Block, Case, Column, Metric, Plot, Result
+from monitor.metrics._columns import recorded
+
+
+def compute(block: Block) -> Mapping[str, Result]:
+    """Both columns as they were recorded."""
+    return {"value": recorded(block, "value"), "micro_steps": recorded(block, "micro_steps")}
+
+
+def oracle() -> Iterable[Case]:
+    """What was recorded is what is shown."""
+    stats = {"value": [[2.5], [nan], [inf], [None], [0.0]], "micro_steps": [[1], [4], [1], [None], [1]]}
+    yield Case(stats, stats, "NaN and inf are values, a step without a loss is absent, 0 is 0")
+
+
+METRIC = Metric(
+    id="loss",
+    title="Training loss",
+    site="loss",
+    columns=(
+        Column("value", "loss", "loss whose gradient the optimizer used"),
+        Column("micro_steps", "count", "backward() calls that made the step"),
+    ),
+    compute=compute,
+    source="definition",
+    cost="nothing: a number that training computes anyway",
+    plot=Plot("value", log=True),
+    oracle=oracle,
+    reads="loss",
+    doc=__doc__ or "",
+)

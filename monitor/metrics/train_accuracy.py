@@ -1,0 +1,64 @@
+"""How often the model is right on the batch it is about to learn from, and how sure it is.
+
+    accuracy = (1/N) #{i : p_iy = max_k p_ik},   top1_mass = (1/N) Σ_i max_k p_ik
+
+over the N rows that count (``rows``: all of them where autograd's saved log-probabilities may be read, otherwise a
+seeded sample), before the update of the step and in training mode (dropout, augmentation). Ties count as right.
+
+Healthy: both rise together; top1_mass near accuracy.
+
+Unhealthy: accuracy at 1 while `logit_norm` goes on growing (see `softmax_collapse_frac`); top1_mass far above
+accuracy (confidently wrong); a drop together with a jump of the loss.
+
+Source: definition; the difference of the two is the calibration gap of Guo et al. (2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import nan
+
+from monitor.metric import Block, Case, Column, Metric, Plot, Result
+from monitor.metrics._columns import per, recorded
+
+
+def compute(block: Block) -> Mapping[str, Result]:
+    """Shares of the rows that count."""
+    return {
+        "accuracy": per(block, "correct", "n"),
+        "top1_mass": per(block, "sum_top1", "n"),
+        "rows": recorded(block, "n"),
+    }
+
+
+def oracle() -> Iterable[Case]:
+    """Counts by hand."""
+    yield Case(
+        {"n": [[8], [8], [0], [2]], "correct": [[6], [0], [0], [nan]], "sum_top1": [[5], [2], [0], [nan]]},
+        {
+            "accuracy": [[0.75], [0], [None], [nan]],
+            "top1_mass": [[0.625], [0.25], [None], [nan]],
+            "rows": [[8], [8], [0], [2]],
+        },
+        "6 of 8 right; none of 8 right is 0, none of 0 is absent",
+        modules=("cross_entropy",),
+    )
+
+
+METRIC = Metric(
+    id="train_accuracy",
+    title="Training accuracy",
+    site="loss",
+    columns=(
+        Column("accuracy", "fraction", "rows whose class has the largest probability"),
+        Column("top1_mass", "fraction", "mean largest probability"),
+        Column("rows", "count", "rows counted"),
+    ),
+    compute=compute,
+    source="definition",
+    cost="shared with loss_zero_frac: one read of the log-probabilities that autograd saved",
+    plot=Plot("accuracy"),
+    oracle=oracle,
+    reads="loss_rows",
+    doc=__doc__ or "",
+)

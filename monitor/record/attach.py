@@ -1,0 +1,278 @@
+"""One line that records a training: `attach`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import types
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from monitor.diagnosis.text import plain, summary_lines
+from monitor.errors import UsageError
+from monitor.metric import load_metrics
+from monitor.record.budget import Account
+from monitor.record.facts import unwrap, versions
+from monitor.record.flush import Flusher, to_stderr
+from monitor.record.recorder import Recorder
+from monitor.record.sites.logged import LoggedSite
+from monitor.store.run import open_run
+from monitor.store.writer import RunWriter
+
+_OPEN: dict[int, Handle] = {}
+
+
+class Handle:
+    """A recording under way. Letting go of it changes nothing; it ends with `close`, a ``with`` block or the process."""
+
+    def __init__(self, recorder: Recorder | None, flusher: Flusher | None, roots: Sequence[nn.Module]) -> None:
+        self._recorder = recorder
+        self._flusher = flusher
+        self._roots = [weakref.ref(r) for r in roots]
+        self._notes: list[tuple[int, str]] = []
+        self._account = Account(recorder, flusher) if recorder and flusher else None
+
+    @property
+    def path(self) -> Path | None:
+        """The run folder; None on ranks that do not record."""
+        return self._flusher.writer.path if self._flusher else None
+
+    @property
+    def recording(self) -> bool:
+        """True until closed, unless the recorder had to give up."""
+        return self._recorder is not None and self._recorder.active
+
+    def log(self, **values: float | Tensor) -> None:
+        """Record values of your own with the next step, for example ``log(val_loss=…, val_acc=…)``.
+
+        Args:
+            values: numbers or one-element tensors (not read until the step is over, so no sync).
+
+        Raises:
+            UsageError: if a value is neither.
+        """
+        for name, value in values.items():
+            ok = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+            if not ok and not hasattr(value, "__float__"):
+                got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise UsageError(f"log({name}=…) received {got}; expected a number or a one-element tensor")
+            if self._recorder is not None:
+                site = next(s for s in self._recorder.sites if isinstance(s, LoggedSite))
+                site.log(name, value if isinstance(value, Tensor) else float(value))
+
+    def note(self, note: object) -> None:
+        """Remember something about the coming step that is no number: the ids of its batch, a file name, a remark.
+
+        Args:
+            note: anything `json.dumps` takes; tensors and arrays are turned into lists.
+        """
+        if self._recorder is None or self._flusher is None:
+            return
+        text = json.dumps(note, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+        self._notes.append((self._recorder.step, text))
+        if len(self._notes) >= 1000:
+            self._write_notes()
+
+    def _write_notes(self) -> None:
+        if self._notes and self._flusher is not None:
+            import pyarrow as pa
+
+            steps, texts = zip(*self._notes, strict=True)
+            self._notes.clear()
+            table = pa.table({"step": pa.array(steps, pa.int64()), "note": pa.array(texts, pa.string())})
+            self._flusher.table("notes", steps[0], table)
+
+    def close(self) -> None:
+        """Stop recording, write everything and print the verdict. A second call does nothing."""
+        self._close("finished", None)
+
+    def _close(self, status: str, error: str | None, say: bool = True) -> None:
+        recorder, flusher = self._recorder, self._flusher
+        self._recorder = None
+        for key in [k for k, h in _OPEN.items() if h is self]:
+            del _OPEN[key]
+        if recorder is None or flusher is None:
+            return
+        recorder.close()
+        self._write_notes()
+        complete = flusher.close(status, error)
+        if not say:
+            return
+        if recorder.rows == 0:
+            to_stderr(f"no optimizer step was seen; {flusher.writer.path} is empty")
+            return
+        if not complete:
+            to_stderr(f"the disk is too slow to finish now; nothing is lost, {flusher.writer.path} keeps the tail")
+        with contextlib.suppress(Exception):  # a verdict that cannot be printed must not end a program badly
+            lines = summary_lines(open_run(flusher.writer.path), _short(flusher.writer.path))
+            sys.stderr.write("\n".join(["", *lines, ""]))
+            sys.stderr.flush()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self._close(*_how_it_ended(error))
+
+    def __repr__(self) -> str:
+        if self._recorder is None:
+            return f"<monitor.Handle {_short(self.path)}: closed>" if self.path else "<monitor.Handle: not recording>"
+        return f"<monitor.Handle {_short(self.path)}: recording, step {self._recorder.step}>"
+
+
+def attach(
+    model: nn.Module,
+    *where: Optimizer | Iterable[Optimizer] | str | os.PathLike[str] | None,
+    run_dir: str | os.PathLike[str] | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    resume: bool = False,
+    start_step: int | None = None,
+) -> Handle:
+    """Record the training of ``model`` from here on. Nothing has to be called in the loop.
+
+    Steps are seen by a hook that torch calls after each optimizer step; nothing about the training changes, bit for bit.
+    The verdict is printed when the run ends: at `Handle.close`, at the end of a ``with`` block, or with the process,
+    also after an exception or Ctrl-C.
+
+    Args:
+        model: the module that is trained, before or after `torch.compile` or a data-parallel wrapper.
+        where: the run folder, the optimizer(s), or both in either order, for those who like it short.
+        run_dir: folder to write; default ``runs/<script>-<time>``. An occupied folder is left alone and the next free
+            name taken (``runs/grok-2``), which is said aloud.
+        optimizer: follow only this optimizer, or these; default: every one that trains a parameter of the model.
+        resume: append to the run in ``run_dir`` as a new attempt.
+        start_step: with ``resume``, number of the first step, for a training that goes back to an older checkpoint;
+            default: the one after the last recorded.
+
+    Returns:
+        A `Handle`; it may be dropped.
+
+    Raises:
+        UsageError: if an argument is not what is said here, or there is nothing to resume.
+    """
+    for given in where:
+        if given is None:
+            continue
+        if isinstance(given, str | os.PathLike):
+            if run_dir is not None:
+                raise UsageError(f"attach() received two folders, {str(run_dir)!r} and {str(given)!r}; expected one")
+            run_dir = given
+        elif optimizer is None:
+            optimizer = given
+        else:
+            raise UsageError("attach() received the optimizer twice; give it once, or several as a list")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"attach() received {type(model).__name__} as model; expected a torch.nn.Module")
+    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for o in optimizers:
+        if not isinstance(o, Optimizer):
+            raise UsageError(f"attach() received {type(o).__name__} as optimizer; expected a torch.optim.Optimizer")
+    if start_step is not None and not resume:
+        raise UsageError("attach(start_step=…) needs resume=True: a new run begins at step 0")
+    if resume and run_dir is None:
+        raise UsageError("attach(resume=True) needs run_dir=: the run to go on with")
+    root = unwrap(model)
+    held = _OPEN.get(id(root))
+    if held is not None:
+        to_stderr(f"the model was being recorded into {_short(held.path)}; that recording ends here")
+        held._close("detached", None, say=False)
+    if _rank() != 0:
+        return Handle(None, None, [root])
+    return begin([model], run_dir, optimizers=optimizers, resume=resume, start_step=start_step)
+
+
+def begin(
+    models: Sequence[nn.Module],
+    run_dir: str | os.PathLike[str] | None,
+    *,
+    optimizers: Sequence[Optimizer] = (),
+    resume: bool = False,
+    start_step: int | None = None,
+    follow_all: bool = False,
+) -> Handle:
+    """Start a recording; arguments are those of `attach`, checked."""
+    script = _script()
+    folder = Path(run_dir) if run_dir is not None else _default_folder(script)
+    writer = RunWriter.create(folder, script=script, resume=resume, start_step=start_step)
+    flusher = Flusher(writer, to_stderr)
+    recorder = Recorder(
+        models, flusher, optimizers=optimizers, follow_all=follow_all, start_step=writer.start_step
+    )
+    flusher.missing = recorder.missing
+    roots = [unwrap(m) for m in models]
+    handle = Handle(recorder, flusher, roots)
+    if handle._account is not None:
+        flusher.overhead = handle._account.report
+    writer.update(versions=versions(), columns=_columns(), argv=[str(a) for a in sys.argv])
+    for root in roots:
+        _OPEN[id(root)] = handle
+    tensors = sum(1 for m in roots for p in m.parameters() if p.requires_grad)
+    moved = f" ({folder.name} is occupied)" if writer.renamed else ""
+    to_stderr(f"recording {tensors} tensors → {_short(writer.path)}{moved}")
+    return handle
+
+
+def _columns() -> dict[str, Any]:
+    return {
+        m.id: {
+            "title": m.title,
+            "site": m.site,
+            "source": m.source,
+            "columns": {c.name: {"unit": c.unit, "doc": c.doc} for c in m.columns},
+        }
+        for m in load_metrics().values()
+    }
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
+
+
+def _script() -> str:
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    return str(file) if file else "notebook"
+
+
+def _default_folder(script: str) -> Path:
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(script).stem).strip("-.") or "run"
+    return Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _short(path: Path | None) -> str:
+    if path is None:
+        return "nowhere"
+    with contextlib.suppress(ValueError):
+        return plain(str(path.resolve().relative_to(Path.cwd())))
+    return plain(str(path))
+
+
+def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "finished", None
+    said = f"{type(error).__name__}: {error}"[:1000]
+    return ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed"), said
+
+
+def close_all(error: BaseException | None = None) -> None:
+    """End every recording of this process; called when the interpreter goes."""
+    error = error or getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    for handle in list(dict.fromkeys(_OPEN.values())):
+        handle._close(*_how_it_ended(error))
+
+
+atexit.register(close_all)
+os.register_at_fork(after_in_child=_OPEN.clear)

@@ -1,0 +1,88 @@
+"""Seeing the calls of a training step (the loss, backward, clipping, unscaling) without changing one of them.
+
+A function mode is the only observer that sees ``from … import cross_entropy`` made before it, needs no patch, and leaves
+results alone; but while any mode is on the stack, `torch.nn.TransformerEncoder` leaves its fast path in evaluation
+and Dynamo recompiles what it enters. So the mode is on the stack only from a root module's training forward to the
+end of the optimizer step, and never inside a compiled region; `Recorder` decides when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils._device import DeviceContext
+
+#: ``(args, kwargs, result)``; result is None when called before the function runs.
+Watcher = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class StepMode(TorchFunctionMode):
+    """Hands watched calls to their watchers. Every other call costs one dictionary look-up.
+
+    Args:
+        before: function -> watcher called before it runs.
+        after: function -> watcher called with its result.
+    """
+
+    def __init__(self, before: dict[Any, Watcher], after: dict[Any, Watcher]) -> None:
+        super().__init__()
+        self.before = before
+        self.after = after
+        self.watched = before.keys() | after.keys()
+        #: Calls seen, for the account of our own cost.
+        self.calls = 0
+        #: True while a watched function runs; the mode is off the stack then and must not be moved.
+        self.inside = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` as if nobody watched, telling its watchers."""
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        if func not in self.watched or torch._C._functorch.peek_interpreter_stack() is not None:
+            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        watcher = self.before.get(func)
+        self.inside = True
+        try:
+            if watcher is not None:
+                watcher(args, kwargs, None)
+            result = func(*args, **kwargs)
+            watcher = self.after.get(func)
+            if watcher is not None:
+                watcher(args, kwargs, result)
+        finally:
+            self.inside = False
+        return result
+
+    def on_stack(self) -> bool:
+        """True if this mode is on the calling thread's stack."""
+        return any(m is self for m in _get_current_function_mode_stack())
+
+    def push(self) -> None:
+        """Put the mode at the bottom of the calling thread's stack (above a default-device context).
+
+        At the bottom, a ``with`` block of the user's own mode that is open now still ends in its own order.
+        """
+        stack = _take_stack()
+        at = 1 if stack and isinstance(stack[0], DeviceContext) else 0
+        for m in (*stack[:at], self, *stack[at:]):
+            _push_mode(m)
+
+    def pull(self) -> None:
+        """Take the mode off the calling thread's stack, wherever it stands in it."""
+        for m in _take_stack():
+            if m is not self:
+                _push_mode(m)
+
+
+def _take_stack() -> list[TorchFunctionMode]:
+    return [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]

@@ -1,0 +1,557 @@
+"""The recorder: decides when sites look, closes a row per step, hands rows on. Runs on the training's own thread.
+
+A step is what the optimizer's post-step hook says it is; accumulation, loss scaling, closures and clipping then
+fall out right. Whatever fails in here disables the site it failed in, is written into the run and warned of once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import _disable_current_modes
+
+from monitor.errors import MonitorWarning
+from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
+from monitor.record.flush import Flusher
+from monitor.record.mode import StepMode, Watcher
+from monitor.record.ring import ABSENT_INT, Ring
+from monitor.record.site import Site
+from monitor.record.sites.gradient import GradientSite
+from monitor.record.sites.input import InputSite
+from monitor.record.sites.logged import LoggedSite
+from monitor.record.sites.logits import LogitsSite
+from monitor.record.sites.loss import LossSite
+from monitor.record.sites.parameter import ParameterSite
+from monitor.record.sites.state import StateSite
+
+#: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
+BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
+_SITES: tuple[type[Site], ...] = (
+    InputSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite, LoggedSite,
+)  # fmt: skip
+
+
+class Recorder:
+    """Records one run.
+
+    Args:
+        models: root modules, as the user calls them (possibly wrapped).
+        flusher: takes the rows; owns the writer thread.
+        optimizers: follow only these; default: every optimizer that trains a parameter of the models.
+        follow_all: also follow optimizers that train other models, and look for those (used by ``monitor run``).
+        start_step: number of the first row.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        flusher: Flusher,
+        *,
+        optimizers: Sequence[Optimizer] = (),
+        follow_all: bool = False,
+        start_step: int = 0,
+    ) -> None:
+        self.flusher = flusher
+        self.random = random.Random(0)
+        self.step = start_step
+        self.epoch = 0  # counts attempts at an update: a loss of a skipped one belongs to no row
+        self.inverse_scale: Tensor | None = None
+        self.in_step = False
+        self.training = False
+        self.stepped = 0
+        self.skipped = 0
+        self.spent = 0.0
+        self.rows = 0
+        self.device = _device(models)
+        self._only = {id(o) for o in optimizers}
+        self._follow_all = follow_all
+        self._ring = Ring(self.device, BLOCK_ROWS)
+        self._roots: list[nn.Module] = []
+        self._names: dict[int, str] = {}
+        self._hooks: list[Any] = []
+        self._entries: dict[int, bool] = {}
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._updates: dict[int, int] = {}
+        self._mine: dict[int, bool] = {}
+        self._row: list[int] = []
+        self._expected: frozenset[int] = frozenset()
+        self._emitted: dict[tuple[str, str], tuple[int, int]] = {}
+        self._merges: dict[str, dict[str, Tensor]] = {}
+        self._unscaled_since_backward = False
+        self._depth = 0
+        self._was_on = False
+        self._forwards = 0
+        self._eval_trained = False
+        self._always_on = False
+        self._handed_on = time.perf_counter()
+        self._thread = threading.get_ident()
+        self._pid = os.getpid()
+        self._signature: tuple[int, ...] = ()
+        self.active = True
+        self.sites: list[Site] = [kind(self) for kind in _SITES]
+        self._broken: set[str] = set()
+        # most sites care for few of the moments of a step: call those only
+        self._on = {
+            moment: [site for site in self.sites if getattr(type(site), moment) is not getattr(Site, moment)]
+            for moment in ("on_forward", "on_backward", "on_step", "on_row")
+        }
+        before: dict[Any, Watcher] = {torch.Tensor.backward: self._commit_pending}
+        before[torch.autograd.backward] = self._commit_pending
+        after: dict[Any, Watcher] = {}
+        for site in self.sites:
+            for func, watcher in site.before().items():
+                before[func] = _both(before.get(func), self._guarded(site, watcher))
+            for func, watcher in site.after().items():
+                after[func] = _both(after.get(func), self._guarded(site, watcher))
+        self.mode = StepMode(before, after)
+        for model in models:
+            self.adopt(model)
+        self._hooks.append(register_optimizer_step_pre_hook(self._before_step))
+        self._hooks.append(register_optimizer_step_post_hook(self._after_step))
+        _LIVE.add(self)
+
+    # ---- what is followed
+
+    def adopt(self, model: nn.Module) -> None:
+        """Follow another root module, as the user calls it."""
+        root = unwrap(model)
+        if all(root is not r for r in self._roots):
+            inner = set(map(id, root.modules()))
+            self._roots = [r for r in self._roots if id(r) not in inner] + [root]
+            self._names = parameter_names(self._roots)
+        self._enter_at(model)
+        if root is not model:
+            self._enter_at(root)
+
+    def _enter_at(self, module: nn.Module) -> None:
+        """Hook the calls of ``module``, once. A layer that drops its fast path when it has hooks gets none."""
+        if id(module) in self._entries or isinstance(module, nn.TransformerEncoderLayer):
+            return
+        self._entries[id(module)] = False
+        self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
+        self._hooks.append(module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
+
+    def prefix(self, module: nn.Module) -> str:
+        """What distinguishes the names of one root module from those of the others; empty for the first."""
+        root = unwrap(module)
+        at = next((i for i, r in enumerate(self._roots) if r is root), 0)
+        return "" if at == 0 else f"model[{at}]."
+
+    def parameter(self, p: Tensor) -> str:
+        """Name of a parameter; one that belongs to no followed module is named by its place in an optimizer."""
+        name = self._names.get(id(p))
+        if name is None:
+            name = self._names[id(p)] = f"parameter[{len(self._names)}]"
+        return name
+
+    def label(self, optimizer: Optimizer) -> str:
+        """Name of an optimizer: empty if it is the only one that has stepped."""
+        known = [id(o()) for o in self._optimizers]
+        return "" if len(known) < 2 or known[0] == id(optimizer) else f"optimizer[{known.index(id(optimizer))}]"
+
+    def updates(self, optimizer: Optimizer) -> int:
+        """Updates of this optimizer since it was first seen, including one under way."""
+        return self._updates.get(id(optimizer), 0)
+
+    def is_gradient(self, t: Tensor) -> bool:
+        """True if ``t`` is the gradient of a parameter that is followed."""
+        return any(p.grad is t for root in self._roots for p in root.parameters())
+
+    # ---- rows
+
+    def emit(
+        self, reads: str, stats: Sequence[str], module: str, values: Tensor, merge: Sequence[str] = (),
+        at: slice = slice(None), absent: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Write the statistics of one module into the open row.
+
+        Args:
+            reads: id of the pass.
+            stats: names of its statistics.
+            module: where.
+            values: ``(statistic,)`` float32, or those of ``at``.
+            merge: how each statistic of two micro-batches becomes one ("sum", "max", "min", "mean", "last"); without
+                it the later wins.
+            at: which statistics ``values`` are.
+            absent: statistics that are not recorded.
+        """
+        self._make_room(reads, stats, (module,))
+        row = self._ring.view(reads)[self._ring.place(reads, module)]
+        epoch, count = self._emitted.get((reads, module), (-1, 0))
+        if merge and epoch == self.epoch:
+            values = self._merged(reads, merge, row[at], values.to(row.device), count, at)
+            count += 1
+        else:
+            count = 1
+        self._emitted[(reads, module)] = (self.epoch, count)
+        row[at].copy_(values, non_blocking=True)
+        if absent:
+            row.view(torch.int32)[list(absent)] = ABSENT_INT
+
+    def emit_many(
+        self, reads: str, stats: Sequence[str], modules: Sequence[str], values: Tensor, at: slice = slice(None)
+    ) -> None:
+        """Write the statistics of several modules: ``values`` is ``(module, statistic)`` float32."""
+        self._make_room(reads, stats, modules)
+        view = self._ring.view(reads)[:, at]
+        first = self._ring.place(reads, modules[0])
+        if self._ring.contiguous(reads, modules):
+            view[first : first + len(modules)].copy_(values, non_blocking=True)
+        else:
+            for m, v in zip(modules, values, strict=True):
+                view[self._ring.place(reads, m)].copy_(v, non_blocking=True)
+
+    def _make_room(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> None:
+        if self._ring.known(reads, modules):
+            return
+        self._drain(wait=True)
+        block = self._ring.widen(reads, stats, modules)
+        if block is not None:
+            self.flusher.take(block, self.step)
+        self.flusher.layout(self._ring.layout)
+
+    def _merged(
+        self, reads: str, merge: Sequence[str], old: Tensor, new: Tensor, count: int, at: slice
+    ) -> Tensor:
+        masks = self._merges.get(reads)
+        if masks is None:
+            masks = self._merges[reads] = {
+                op: torch.tensor([m == op for m in merge], device=new.device) for op in ("sum", "max", "min", "mean")
+            }
+        out = torch.where(masks["sum"][at], old + new, new)
+        out = torch.where(masks["max"][at], torch.maximum(old, new), out)
+        out = torch.where(masks["min"][at], torch.minimum(old, new), out)
+        return torch.where(masks["mean"][at], (old * count + new) / (count + 1), out)
+
+    def _close_row(self) -> None:
+        self._at("on_row")
+        if self._ring.layout.size:
+            self._ring.commit(self.step)
+            self._drain()
+            if self._ring.full or time.perf_counter() - self._handed_on > BLOCK_SECONDS:
+                self._hand_on()
+        self.step += 1
+        self.rows += 1
+        self.stepped = 0
+        self._expected = frozenset(self._row)
+        self._row.clear()
+        self._emitted.clear()
+
+    def _drain(self, wait: bool = False) -> None:
+        number = self._ring.layout.number
+        for step, payload in self._ring.ready(wait):
+            self.flusher.row(step, number, payload)
+
+    def _hand_on(self, wait: bool = False) -> None:
+        # a full block must go; one that is merely old can wait for the device
+        if not wait and not self._ring.full and not self._ring.settled:
+            return
+        self._drain(wait=True)
+        block = self._ring.take(wait=True)
+        if block is not None:
+            self.flusher.take(block, self.step)
+        self._handed_on = time.perf_counter()
+
+    # ---- the step
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.active and self._follows(optimizer):
+            self.in_step = True
+            # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode;
+            # a closure runs forward and backward in there
+            if len(args) < 2 and not kwargs and self._here() and not self._always_on:
+                self._set(False)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.active or os.getpid() != self._pid or not self._follows(optimizer):
+            return
+        begin = time.perf_counter()
+        self.in_step = False
+        try:
+            self._thread = threading.get_ident()
+            self._register(optimizer)
+            if id(optimizer) in self._row:  # the cycle of several optimizers has begun again without us noticing its end
+                self._close_row()
+            self._row.append(id(optimizer))
+            self.stepped += 1
+            self._at("on_step", optimizer)
+            if self._expected <= frozenset(self._row):
+                self._close_row()
+            self._rearm()
+        except Exception as e:
+            self._fail("recorder", e)
+        self.spent += time.perf_counter() - begin
+
+    def _follows(self, optimizer: Optimizer) -> bool:
+        known = self._mine.get(id(optimizer))
+        if known is None:
+            if self._only:
+                known = id(optimizer) in self._only
+            else:
+                trained = [id(p) in self._names for g in optimizer.param_groups for p in g["params"]]
+                known = any(trained)
+                if self._follow_all and not all(trained):
+                    for model in find_models(optimizer):
+                        self.adopt(model)
+                    known = True
+            self._mine[id(optimizer)] = known
+            # the id of a dead optimizer may be given to another
+            weakref.finalize(optimizer, self._mine.pop, id(optimizer), None)
+        return known
+
+    def _register(self, optimizer: Optimizer) -> None:
+        self._updates[id(optimizer)] = self._updates.get(id(optimizer), 0) + 1
+        signature = tuple(len(g["params"]) for o in self._optimizers if (x := o()) for g in x.param_groups)
+        if all(o() is not optimizer for o in self._optimizers):
+            self._optimizers.append(weakref.ref(optimizer))
+        elif signature == self._signature:
+            return
+        alive = [x for o in self._optimizers if (x := o()) is not None]
+        self._signature = tuple(len(g["params"]) for x in alive for g in x.param_groups)
+        self.flusher.facts(model_facts(self._roots, alive))
+
+    # ---- when the mode is on the stack
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not self._here():
+            return
+        begin = time.perf_counter()
+        self._depth += 1
+        if self._depth == 1:
+            self._forwards += 1
+            grad = torch.is_grad_enabled()
+            self._was_on = self.mode.on_stack()
+            self.training = grad and (module.training or self._eval_trained)
+            wanted = self.training and module.training and not self._compiled(module)
+            self._set(wanted)
+            if self.training:
+                self._at("on_forward", module, args, kwargs)
+        self.spent += time.perf_counter() - begin
+
+    def forward_under_way(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """``module`` is being called, and its hooks were set too late for this call."""
+        self._before_forward(module, args, {})
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not self._here() or self._depth == 0:
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            begin = time.perf_counter()
+            # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
+            self._set(True if torch.is_grad_enabled() else self._was_on)
+            self.spent += time.perf_counter() - begin
+
+    def _compiled(self, module: nn.Module) -> bool:
+        """True if a call of ``module`` enters a compiled region; looked up while the run is young, then now and then."""
+        known = self._entries.get(id(module))
+        if known is None or self.rows < 3 or self.rows % 100 == 0:
+            known = self._entries[id(module)] = bool(compiled_regions(module))
+        return known
+
+    def _here(self) -> bool:
+        return self.active and not self.mode.inside and threading.get_ident() == self._thread
+
+    def _set(self, on: bool) -> None:
+        if on != self.mode.on_stack():
+            if on:
+                self.mode.push()
+            else:
+                self.mode.pull()
+
+    def _rearm(self) -> None:
+        """After a step: off the stack until the next training forward, if there are forwards we see."""
+        if self._forwards == 0 and not self._always_on and self.rows <= 2:
+            self._look_for_entries()
+        self._set(self._always_on)
+        self._forwards = 0
+        self._depth = 0
+
+    def _look_for_entries(self) -> None:
+        """No root module was called in this step: the user calls a compiled wrapper or the children themselves."""
+        import gc
+
+        wrappers = [
+            m for m in gc.get_objects() if type(m).__name__ == "OptimizedModule" and unwrap(m) in self._roots
+        ]
+        for m in wrappers:
+            self._enter_at(m)
+        if wrappers or any(compiled_regions(r) for r in self._roots):
+            return
+        for root in self._roots:
+            for child in _called(root):
+                self._enter_at(child)
+
+    def backward_begins(self) -> None:
+        """A backward pass is about to run: after an unscaling it belongs to a new attempt at an update."""
+        if self._unscaled_since_backward:
+            self.epoch += 1
+            self._unscaled_since_backward = False
+        if not self.training:
+            self._eval_trained = True
+
+    def _commit_pending(self, args: Any, kwargs: Any, result: Any) -> None:
+        self.backward_begins()
+        self._at("on_backward")
+
+    def unscaled(self, inverse: Tensor) -> bool:
+        """GradScaler has unscaled gradients; True if this is the first such call since a backward."""
+        self.inverse_scale = inverse
+        first = not self._unscaled_since_backward
+        self._unscaled_since_backward = True
+        return first
+
+    # ---- errors
+
+    def _guarded(self, site: Site, watcher: Watcher) -> Watcher:
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            begin = time.perf_counter()
+            self._tell(site, watcher, args, kwargs, result)
+            self.spent += time.perf_counter() - begin
+
+        return call
+
+    def _at(self, moment: str, *args: Any) -> None:
+        for site in self._on[moment]:
+            self._tell(site, getattr(site, moment), *args)
+
+    def _tell(self, site: Site, what: Callable[..., None], *args: Any) -> None:
+        if site.name in self._broken:
+            return
+        try:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                if torch._C._len_torch_dispatch_stack() > 0:
+                    with _disable_current_modes():
+                        what(*args)
+                else:
+                    what(*args)
+        except Exception as e:
+            self._fail(site.name, e)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._broken.add(name)
+        if name == "recorder":
+            self.active = False
+        said = f"{name} is no longer recorded from step {self.step} on: {type(error).__name__}: {error}"
+        self.flusher.warn(said)
+        try:
+            warnings.warn(f"monitor: {said} (training is not affected)", MonitorWarning, stacklevel=3)
+        except MonitorWarning:
+            pass  # the user turns warnings into errors; it stands in the run
+
+    # ---- the end
+
+    def missing(self) -> list[tuple[str, str]]:
+        """What could not be recorded so far, and why."""
+        found = [m for site in self.sites for m in site.missing()]
+        regions = [name or "the model" for r in self._roots for name in compiled_regions(r)]
+        if regions and any(metric == "loss" for metric, _ in found):
+            why = f"{regions[0]} is compiled in place, so its calls cannot be seen without recompiling it"
+            found = [(metric, why if metric in _IN_FORWARD else reason) for metric, reason in found]
+        return found
+
+    def close(self) -> None:
+        """Stop recording and hand on what is left. The flusher is closed by its owner."""
+        if not self.active and not self._hooks:
+            return
+        self.active = False
+        for h in self._hooks:
+            h.remove()
+        self._hooks.clear()
+        _LIVE.discard(self)
+        if os.getpid() != self._pid:
+            return
+        if self._row or any(site.waiting() for site in self.sites):
+            self._close_row()
+        if self.mode.on_stack():
+            self.mode.pull()
+        self._hand_on(wait=True)
+
+    def forked(self) -> None:
+        """In a forked child: record nothing, leave no mode behind."""
+        self.active = False
+        if self.mode.on_stack():
+            self.mode.pull()
+
+
+_IN_FORWARD = {"loss", "logit_norm", "loss_zero_frac"}
+_LIVE: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for recorder in list(_LIVE):
+        recorder.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _both(first: Watcher | None, second: Watcher) -> Watcher:
+    if first is None:
+        return second
+
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        first(args, kwargs, result)
+        second(args, kwargs, result)
+
+    return call
+
+
+def _device(models: Sequence[nn.Module]) -> torch.device:
+    for model in models:
+        for p in model.parameters():
+            return p.device
+    return torch.device("cpu")
+
+
+def _called(module: nn.Module) -> Iterable[nn.Module]:
+    """Children that have a forward of their own; containers are looked into."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _called(child)
+        else:
+            yield child
+
+
+def find_models(optimizer: Optimizer) -> list[nn.Module]:
+    """The smallest modules alive that hold this optimizer's parameters, largest share first.
+
+    Args:
+        optimizer: any optimizer.
+
+    Returns:
+        Usually one module; several if no single module holds all parameters; empty if they belong to none.
+    """
+    import gc
+
+    wanted = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    # most of what is alive is no module, and isinstance runs code of lazy proxies: look at the type alone
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    held = [(m, {id(p) for p in m.parameters()}) for m in modules if not hasattr(m, "_orig_mod")]
+    found: list[nn.Module] = []
+    while wanted:
+        # of modules that hold the same parameters, the outermost: its names say most
+        best = max(held, key=lambda x: (len(x[1] & wanted), -len(x[1]), sum(1 for _ in x[0].modules())), default=None)
+        if best is None or not best[1] & wanted:
+            break
+        found.append(best[0])
+        wanted -= best[1]
+    return found

@@ -1,0 +1,54 @@
+"""What a site is: a place of the training step that is told when something happens there and records statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from monitor.record.mode import Watcher
+    from monitor.record.recorder import Recorder
+
+
+class Site:
+    """Base of all sites. Each method is called inside the recorder's guard: it may raise, training goes on without it.
+
+    A method runs with gradients, function modes and dispatch modes off. It must not keep a tensor of the training beyond
+    the step, draw random numbers, write to anything of the user's or wait for the device.
+    """
+
+    name = ""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.rec = recorder
+
+    def before(self) -> dict[Any, Watcher]:
+        """Functions to watch before they run."""
+        return {}
+
+    def after(self) -> dict[Any, Watcher]:
+        """Functions to watch after they ran."""
+        return {}
+
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A root module's training forward is about to run."""
+
+    def on_backward(self) -> None:
+        """Backward is about to run."""
+
+    def on_step(self, optimizer: Optimizer) -> None:
+        """One optimizer has just made an update; gradients are still there."""
+
+    def on_row(self) -> None:
+        """The row of this step is about to be closed."""
+
+    def waiting(self) -> bool:
+        """True if something was given that belongs to a row nobody has closed yet."""
+        return False
+
+    def missing(self) -> Sequence[tuple[str, str]]:
+        """What this site could not record so far, and why: ``(metric, reason)``."""
+        return ()

@@ -1,0 +1,102 @@
+"""The gradient every parameter was updated with: unscaled, clipped, averaged, as the optimizer saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from monitor.record.passes.gradient import STATS, WARMUP, Scratch, gradient_stats, spike_stats
+from monitor.record.site import Site
+
+_NORMS, _SPIKES = slice(0, 3), slice(3, 5)
+
+
+class GradientSite(Site):
+    """Norms of all gradients and, for optimizers of Adam's kind, their spiked elements."""
+
+    name = "gradient"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._scratch = Scratch()
+        self._any = self._spikes = False
+        self._why_no_spikes = "no optimizer keeps a second moment of the gradient (exp_avg_sq)"
+
+    def on_step(self, optimizer: Optimizer) -> None:
+        """Record the gradients of this optimizer's parameters."""
+        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler for optimizers that unscale inside
+        for group in optimizer.param_groups:
+            names, params, grads = [], [], []
+            for p in group["params"]:
+                g = p.grad
+                if g is None or not g.is_floating_point():
+                    continue
+                names.append(self.rec.parameter(p))
+                params.append(p)
+                grads.append(_dense(g))
+            if not grads:
+                continue
+            self._any = True
+            values = gradient_stats(grads)
+            if isinstance(scale, Tensor):
+                values = values / torch.stack((scale, scale, torch.ones_like(scale))).to(values.device)
+            self.rec.emit_many("gradient", STATS, names, values, _NORMS)
+            self._spiked(optimizer, group, names, params, grads, scale)
+
+    def _spiked(
+        self, optimizer: Optimizer, group: dict[str, Any], names: list[str], params: list[Tensor], grads: list[Tensor],
+        scale: object,
+    ) -> None:  # fmt: skip
+        betas = group.get("betas")
+        if not (isinstance(betas, tuple | list) and len(betas) == 2) or group.get("amsgrad") or scale is not None:
+            return
+        beta2 = float(betas[1])
+        n = self._updates(optimizer, params[0])
+        if n is None or n < 2 or not 0 < beta2 < 1:
+            return
+        some_names, some_grads, seconds = [], [], []
+        for name, p, g in zip(names, params, grads, strict=True):
+            v = optimizer.state[p].get("exp_avg_sq")
+            if isinstance(v, Tensor) and v.shape == p.shape and v.dtype == g.dtype and v.dtype in _WIDE:
+                some_names.append(name)
+                some_grads.append(g)
+                seconds.append(_dense(v))
+        if not some_names:
+            self._why_no_spikes = "the optimizer keeps its second moment in 16 bits"
+            return
+        self._spikes = True
+        if n > WARMUP:
+            values = spike_stats(some_grads, seconds, beta2, n, self._scratch)
+            self.rec.emit_many("gradient", STATS, some_names, values, _SPIKES)
+
+    def _updates(self, optimizer: Optimizer, p: Tensor) -> float | None:
+        """Updates in the second moment, from the optimizer's own counter where reading it costs no sync."""
+        step = optimizer.state[p].get("step") if p in optimizer.state else None
+        if isinstance(step, Tensor):
+            return float(step) if step.device.type == "cpu" else float(self.rec.updates(optimizer))
+        return float(step) if isinstance(step, int | float) else None
+
+    def missing(self) -> Sequence[tuple[str, str]]:
+        """Gradients if there were none, spikes if no optimizer keeps what they are compared with."""
+        if not self._any:
+            return (("grad_norm", "no parameter had a gradient at an optimizer step"),)
+        return () if self._spikes else (("spam_spike", self._why_no_spikes),)
+
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """This rank's values of a gradient or state: the local shard of a distributed tensor, the values of a sparse one."""
+    if type(t) is Tensor and t.layout is torch.strided:
+        return t
+    local = getattr(t, "_local_tensor", None)
+    if isinstance(local, Tensor):
+        t = local
+    if t.is_sparse:
+        t = t.coalesce().values()
+    return t.detach()

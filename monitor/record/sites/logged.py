@@ -1,0 +1,34 @@
+"""Values that the user gives: validation losses, accuracies, anything the training knows and tensors do not show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from monitor.record.site import Site
+
+
+class LoggedSite(Site):
+    """Keeps what `Handle.log` was given until the row of the step is closed."""
+
+    name = "logged"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._values: dict[str, float | torch.Tensor] = {}
+
+    def log(self, name: str, value: float | torch.Tensor) -> None:
+        """Remember ``value`` (a number or a one-element tensor) for the step that comes next; the later wins."""
+        self._values[name] = value.detach().reshape(()).clone() if isinstance(value, torch.Tensor) else float(value)
+
+    def waiting(self) -> bool:
+        """True if something was logged after the last step."""
+        return bool(self._values)
+
+    def on_row(self) -> None:
+        """Record what was logged since the last row."""
+        for name, value in self._values.items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            self.rec.emit("logged", ("value",), name, tensor.float().view(1))
+        self._values.clear()

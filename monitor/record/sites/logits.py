@@ -1,0 +1,145 @@
+"""The logits and targets that a classification loss is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from monitor.record.mode import Watcher
+from monitor.record.passes import logit_rows, loss_rows
+from monitor.record.site import Site
+
+#: Read all rows up to this many logits; above it, about `ROWS` rows evenly spaced from a random start.
+ALL, ROWS = 1 << 18, 256
+_IGNORE = -100
+
+
+class LogitsSite(Site):
+    """Statistics of the rows of every cross-entropy call whose result can be trained on.
+
+    Zero losses, right answers and the first choice's mass come from all rows of the log-probabilities that autograd
+    has saved, wherever reading them runs nothing of the user's (no saved-tensor hook is active); else from
+    the sampled rows. Norms, margins, entropy and headroom need an exponential of every logit and are sampled.
+    """
+
+    name = "logits"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._pending: list[tuple[str, tuple[str, ...], str, Tensor, tuple[str, ...], tuple[int, ...]]] = []
+        self._calls = 0
+        self._seen = False
+
+    def after(self) -> dict[Any, Watcher]:
+        """Watch the two functions that every classification loss of torch ends in."""
+        return {F.cross_entropy: self._cross_entropy, F.nll_loss: self._nll_loss}
+
+    def _cross_entropy(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        self._classified(args, kwargs, result, ())
+
+    def _nll_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        # log-probabilities are the logits up to a shift of each row: what a shift changes is not known
+        self._classified(args, kwargs, result, _NEEDS_LOGITS)
+
+    def _classified(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, unknown: tuple[int, ...]) -> None:
+        z = args[0] if args else kwargs.get("input")
+        y = args[1] if len(args) > 1 else kwargs.get("target")
+        if not (isinstance(z, Tensor) and isinstance(y, Tensor) and isinstance(result, Tensor) and result.requires_grad):
+            return
+        if not self.rec.training or z.numel() == 0:
+            return
+        z = z.detach()
+        if z.dim() == 1:
+            z, y = z.unsqueeze(0), y.unsqueeze(0)
+        ignore = int(kwargs.get("ignore_index", args[4] if len(args) > 4 else _IGNORE))
+        classes = not y.is_floating_point()
+        logp = _saved_log_probabilities(result)
+        if logp is not None and logp.shape != z.shape:
+            logp = None
+        name = "cross_entropy" if self._calls == 0 else f"cross_entropy[{self._calls}]"
+        self._calls += 1
+        dtype = logp.dtype if logp is not None else _loss_dtype(z)
+        rows, targets = self._sample(z, y if classes else None)
+        if rows.shape[0] == 0 or rows.shape[1] < 2:
+            return
+        valid = None if targets is None else targets != ignore
+        if valid is not None and rows.device.type == "cpu" and bool(valid.all()):
+            valid = None
+        stats = logit_rows.logit_rows(rows, targets, dtype, valid)
+        if targets is None:
+            unknown = (*unknown, *_NEEDS_CLASSES)
+        self._pending.append(("logit_rows", logit_rows.STATS, name, stats, logit_rows.MERGE, unknown))
+        if targets is not None:
+            if logp is None:
+                seen = loss_rows.loss_rows(rows.to(dtype).log_softmax(1), targets, ignore)
+            else:
+                seen = loss_rows.loss_rows(logp, y, ignore)
+            self._pending.append(("loss_rows", loss_rows.STATS, name, seen, loss_rows.MERGE, ()))
+
+    def _sample(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``(row, class)`` view of all rows or an evenly spaced sample, and their targets.
+
+        The stride is odd, so that over a sequence length that is a power of two every position is met.
+        """
+        rows = z.movedim(1, -1)
+        count = rows.shape[:-1].numel()
+        if rows.dim() == 2 and rows.numel() <= ALL:
+            return rows, y
+        stride = max(1, count // ROWS) | 1
+        start = self.rec.random.randrange(min(stride, count))
+        if rows.dim() == 2:
+            return rows[start::stride], None if y is None else y[start::stride]
+        if rows.numel() <= ALL:
+            start, stride = 0, 1
+        at = torch.arange(start, count, stride, device=z.device)
+        where = torch.unravel_index(at, rows.shape[:-1])
+        return rows[where], None if y is None else y.reshape(-1)[at]
+
+    def on_backward(self) -> None:
+        """Keep what was seen since the last backward: these losses are being trained on."""
+        for reads, stats, name, values, merge, unknown in self._pending:
+            self._seen = True
+            self.rec.emit(reads, stats, name, values, merge, absent=unknown)
+        self._pending.clear()
+        self._calls = 0
+
+    def on_row(self) -> None:
+        """Forget calls whose result was never trained on."""
+        self._pending.clear()
+        self._calls = 0
+
+    def missing(self) -> Sequence[tuple[str, str]]:
+        """Everything about logits, if no classification loss was seen."""
+        if self._seen:
+            return ()
+        why = "no call of torch's cross_entropy or nll_loss was seen in a training forward"
+        return (("logit_norm", why), ("loss_zero_frac", why))
+
+
+_NEEDS_CLASSES = tuple(logit_rows.STATS.index(s) for s in ("sum_true_margin", "collapsed"))
+_NEEDS_LOGITS = tuple(
+    logit_rows.STATS.index(s) for s in ("sum_norm", "max_norm", "sumsq", "sum_z", "max_z", "min_z", "sum_lse", "sumsq_lse")
+)
+
+
+def _loss_dtype(z: Tensor) -> torch.dtype:
+    """The dtype in which torch computes the loss: float32 under autocast, else that of the logits."""
+    return torch.float32 if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64 else z.dtype
+
+
+def _saved_log_probabilities(loss: Tensor) -> Tensor | None:
+    """What the log-softmax node of ``loss`` has saved for backward, if it can be read without running anything."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    node = loss.grad_fn
+    for _ in range(6):
+        if node is None:
+            return None
+        if type(node).__name__ == "LogSoftmaxBackward0":
+            return node._saved_result.detach()  # pyright: ignore[reportAttributeAccessIssue]
+        node = next((n for n, _ in node.next_functions if n is not None), None)
+    return None

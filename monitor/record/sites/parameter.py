@@ -1,0 +1,111 @@
+"""The parameters: their norm, what one step changed, and how far they have come from their start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from monitor.record.passes import distance, update
+from monitor.record.site import Site
+
+#: Tensors of up to this many elements are handled together, larger ones alone, so that the second half of the work
+#: finds the tensor in cache.
+_SMALL = 1 << 12
+#: Steps between measurements of the distance from the start.
+_DISTANCE_EVERY = 10
+
+
+@dataclass
+class _Group:
+    """Parameters handled together, the copies they are compared with and the samples of where they began."""
+
+    names: list[str]
+    params: list[Tensor]
+    before: list[Tensor]
+    start: list[Tensor]
+
+
+class ParameterSite(Site):
+    """Keeps one copy of the trainable parameters to know the true update, and a sixteenth of one for the distance."""
+
+    name = "parameter"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._groups: dict[int, tuple[tuple[int, ...], list[_Group]]] = {}
+
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first step there is nothing to compare with: take the copies."""
+        if not self._copies:
+            for p in module.parameters():
+                if p.requires_grad:
+                    self._copy(p)
+
+    def _copy(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        now = _local(p)
+        held = now.detach().clone(memory_format=torch.contiguous_format), distance.sample(now).clone()
+        self._copies[id(p)] = held
+        return held
+
+    def on_step(self, optimizer: Optimizer) -> None:
+        """Record norm and change of this optimizer's parameters."""
+        measure = self.rec.step % _DISTANCE_EVERY == 0
+        names: list[str] = []
+        values, moved = [], []
+        for group in self._plan(optimizer):
+            now = [_local(p) for p in group.params]
+            names += group.names
+            values.append(update.update_stats(group.before, now))
+            if measure:
+                moved += [
+                    distance.distance_stats(distance.sample(w), start, w.numel())
+                    for w, start in zip(now, group.start, strict=True)
+                ]
+        if names:
+            self.rec.emit_many("update", update.STATS, names, torch.cat(values))
+        if moved:
+            self.rec.emit_many("distance", distance.STATS, names, torch.stack(moved))
+
+    def _plan(self, optimizer: Optimizer) -> list[_Group]:
+        """Parameters in groups, made anew when the set of trained parameters changes."""
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        signature = tuple(map(id, trained))
+        held = self._groups.get(id(optimizer))
+        if held is not None and held[0] == signature:
+            return held[1]
+        floating = [p for p in trained if p.is_floating_point()]
+        # a parameter first seen after its update has nothing to be compared with yet
+        known = [p for p in floating if id(p) in self._copies and self._copies[id(p)][0].shape == _local(p).shape]
+        for p in floating:
+            if all(p is not q for q in known):
+                self._copy(p)
+        small: dict[torch.device, list[Tensor]] = {}
+        for p in known:
+            if p.numel() <= _SMALL:
+                small.setdefault(p.device, []).append(p)
+        alone = [[p] for p in known if p.numel() > _SMALL]
+        groups = [
+            _Group(
+                [self.rec.parameter(p) for p in params],
+                params,
+                [self._copies[id(p)][0] for p in params],
+                [self._copies[id(p)][1] for p in params],
+            )
+            for params in (*small.values(), *alone)
+        ]
+        if len(known) == len(floating):
+            self._groups[id(optimizer)] = (signature, groups)
+        return groups
+
+
+def _local(p: Tensor) -> Tensor:
+    """This rank's values of a parameter; the parameter itself unless it is distributed."""
+    if type(p) is nn.Parameter or type(p) is Tensor:
+        return p
+    local = getattr(p, "_local_tensor", None)
+    return local if isinstance(local, Tensor) else p

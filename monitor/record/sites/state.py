@@ -1,0 +1,83 @@
+"""What the optimizer was told: learning rate, clipping, loss scale; and the clock."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from monitor.record.mode import Watcher
+from monitor.record.site import Site
+
+
+class StateSite(Site):
+    """Learning rates, the clipping coefficient and the loss scale of a step, and how long it took."""
+
+    name = "state"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._clip: Tensor | None = None
+        self._unscaled = 0
+        self._last = time.perf_counter()
+        self._spent = 0.0
+
+    def before(self) -> dict[Any, Watcher]:
+        """Watch the multiplication by which gradients are clipped and GradScaler's unscaling."""
+        return {
+            torch._foreach_mul_: self._multiply,
+            torch._amp_foreach_non_finite_check_and_unscale_: self._unscale,
+        }
+
+    def _multiply(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """``clip_grad_norm_`` multiplies all gradients by one 0-d coefficient; optimizers do so only inside a step."""
+        if self.rec.in_step or len(args) < 2:
+            return
+        tensors, factor = args[0], args[1]
+        if isinstance(factor, Tensor) and factor.dim() == 0 and tensors and self.rec.is_gradient(tensors[0]):
+            value = factor.detach().float()
+            self._clip = value if self._clip is None else self._clip * value.to(self._clip.device)
+
+    def _unscale(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        grads, inverse = args[0], args[2]
+        if not grads or not self.rec.is_gradient(grads[0]):
+            return
+        if self.rec.unscaled(inverse.detach().clone()):
+            self._unscaled += 1
+
+    def on_step(self, optimizer: Optimizer) -> None:
+        """Record the learning rate of each parameter group."""
+        rates = [g.get("lr") for g in optimizer.param_groups]
+        label = self.rec.label(optimizer)
+        names = [f"{label}.group[{i}]" if label else f"group[{i}]" for i in range(len(rates))]
+        if all(isinstance(r, int | float) for r in rates):
+            values = torch.tensor(rates, dtype=torch.float32, device=self.rec.device)
+        elif all(isinstance(r, int | float | Tensor) for r in rates):
+            values = torch.stack([torch.as_tensor(r, dtype=torch.float32, device=self.rec.device) for r in rates])
+        else:
+            return
+        self.rec.emit_many("learning_rate", ("lr",), names, values.view(-1, 1))
+
+    def on_row(self) -> None:
+        """Record what belongs to the step as a whole."""
+        if self._clip is not None:
+            self.rec.emit("clip", ("coefficient",), "", self._clip.view(1))
+            self._clip = None
+        if self._unscaled and self.rec.inverse_scale is not None:
+            scale = self.rec.inverse_scale.float().reciprocal().view(1)
+            skipped = max(0, self._unscaled - self.rec.stepped)
+            self.rec.skipped += skipped
+            self.rec.emit("loss_scale", ("scale", "skipped"), "", torch.cat((scale, torch.full_like(scale, skipped))))
+        self._unscaled = 0
+        now = time.perf_counter()
+        spent = self.rec.spent
+        values = torch.tensor([now - self._last, spent - self._spent])
+        self._last, self._spent = now, spent
+        self.rec.emit("clock", ("step_seconds", "monitor_seconds"), "", values)
+
+    def end(self) -> int:
+        """Updates that were skipped after the last row."""
+        return self._unscaled

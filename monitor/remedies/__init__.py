@@ -1,0 +1,17 @@
+"""What the rules recommend, ready to import: losses and gradient transformations, each with its source and its tests.
+
+A remedy is an ordinary piece of PyTorch. It needs no recorder, and using it changes training on purpose.
+"""
+
+from __future__ import annotations
+
+from monitor.remedies.orthogonal_gradient import OrthogonalGradient, orthogonalize_gradients_
+from monitor.remedies.stablemax import StableMaxCrossEntropy, stablemax, stablemax_cross_entropy
+
+__all__ = [
+    "OrthogonalGradient",
+    "StableMaxCrossEntropy",
+    "orthogonalize_gradients_",
+    "stablemax",
+    "stablemax_cross_entropy",
+]

@@ -1,0 +1,378 @@
+"""Long Parquet parts: series id, step, value; sorted by series, then step; written once and never modified.
+
+Sorted by series, one curve is a handful of row groups; byte-stream-split values and delta-coded steps take about 3.2
+bytes a value. What was not recorded is simply not there; a recorded NaN is a row. Everything here goes through buffers
+instead of pyarrow's NumPy conversions, which would import pandas into the training process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from monitor.block import ColumnBlock, Steps
+from monitor.store.layout import RANK, names, parse_part, replacing
+
+Ids = npt.NDArray[np.int32]
+Values = npt.NDArray[np.float32]
+
+ROW_GROUP = 1 << 17
+_BATCH = 1 << 14  # rows that a merge holds of each part
+_STEPS_KEY = b"monitor.steps"
+
+#: Columns of a part.
+PART = pa.schema(
+    [
+        pa.field("series", pa.int32(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+    ]
+)
+
+#: What a damaged or foreign file makes pyarrow raise. A missing file is an OSError too: ask for that first.
+UNREADABLE = (OSError, pa.ArrowException, ValueError)
+
+
+class Points(NamedTuple):
+    """Recorded values, one row each: ``series`` int32, ``steps`` int64 and ``values`` float32, all ``(n,)``."""
+
+    series: Ids
+    steps: Steps
+    values: Values
+
+    def where(self, mask: npt.NDArray[np.bool_] | slice | npt.NDArray[np.intp]) -> Points:
+        """The rows that ``mask`` selects."""
+        return Points(self.series[mask], self.steps[mask], self.values[mask])
+
+
+def joined(several: Sequence[Points]) -> Points:
+    """One after the other."""
+    if not several:
+        return Points(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    return Points(*(np.concatenate(c) for c in zip(*several, strict=True)))
+
+
+class Names:
+    """The series dictionary: ``(metric, column, module)`` <-> id, the place in the list."""
+
+    def __init__(self, triples: Iterable[Sequence[str]] = ()) -> None:
+        self.triples: list[tuple[str, str, str]] = [(t[0], t[1], t[2]) for t in triples]
+        self._ids: dict[tuple[str, str], dict[str, int]] = {}
+        for i, (metric, column, module) in enumerate(self.triples):
+            self._ids.setdefault((metric, column), {})[module] = i
+
+    def __len__(self) -> int:
+        return len(self.triples)
+
+    def columns(self) -> Iterator[tuple[str, str]]:
+        """Every recorded ``(metric, column)``, in the order of its first value."""
+        return iter(self._ids)
+
+    def of(self, metric: str, column: str) -> dict[str, int]:
+        """Module -> id of one column, in the order of their first values; empty if nothing was recorded."""
+        return self._ids.get((metric, column), {})
+
+    def add(self, metric: str, column: str, modules: Iterable[str]) -> Ids:
+        """Ids of the series of ``modules``, new ones where there were none."""
+        ids = self._ids.setdefault((metric, column), {})
+        for m in modules:
+            if m not in ids:
+                ids[m] = len(self.triples)
+                self.triples.append((metric, column, m))
+        return np.array([ids[m] for m in modules], dtype=np.int32)
+
+
+def gather(blocks: Iterable[ColumnBlock], names: Names) -> Points:
+    """The recorded values of ``blocks`` as one part holds them.
+
+    Args:
+        blocks: in order of steps.
+        names: gets the series that have a first value here.
+
+    Returns:
+        Sorted by series, then step. Values beyond float32 become infinite.
+    """
+    together: dict[tuple[str, str, tuple[str, ...]], list[ColumnBlock]] = {}
+    for b in blocks:
+        together.setdefault((b.metric, b.column, b.modules), []).append(b)
+    found: list[Points] = []
+    for (metric, column, modules), same in together.items():
+        steps = np.concatenate([b.steps for b in same])
+        has = np.concatenate([b.has for b in same]).T
+        recorded = np.flatnonzero(has.any(axis=1))
+        if not len(recorded):
+            continue
+        ids = names.add(metric, column, [modules[i] for i in recorded])
+        has = has[recorded]
+        with np.errstate(over="ignore"):
+            values = np.concatenate([b.values for b in same]).T[recorded][has].astype(np.float32)
+        found.append(
+            Points(np.repeat(ids, has.sum(axis=1)), np.broadcast_to(steps, has.shape)[has], values),
+        )
+    points = joined(found)
+    if np.any(np.diff(points.series) < 0):
+        points = points.where(np.lexsort((points.steps, points.series)))
+    return points
+
+
+def write_part(path: Path, chunks: Iterable[Points], steps: int, sync: bool = False) -> None:
+    """Write a part under a temporary name, then rename it.
+
+    Args:
+        path: the final name.
+        chunks: rows in order of series, then step.
+        steps: number of recorded steps in it.
+        sync: wait for the disk.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind.
+    """
+    with replacing(path, sync) as temp:
+        write_table(
+            temp, (table_of(p) for p in _regrouped(chunks)), PART.with_metadata({_STEPS_KEY: str(steps).encode()})
+        )
+
+
+def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Write ``tables``, a row group each, as this library encodes all its Parquet."""
+    names = set(schema.names)
+    # through a file of Python's own, whose errors keep their errno
+    with (
+        path.open("wb") as file,
+        pq.ParquetWriter(
+            file,
+            schema,
+            compression="zstd",
+            use_dictionary=[f.name for f in schema if f.name == "series" or pa.types.is_string(f.type)],
+            column_encoding={
+                name: encoding
+                for name, encoding in (("step", "DELTA_BINARY_PACKED"), ("value", "BYTE_STREAM_SPLIT"))
+                if name in names
+            },
+            write_statistics=True,
+            write_page_checksum=True,
+        ) as out,
+    ):
+        for table in tables:
+            out.write_table(table, row_group_size=max(1, table.num_rows))
+
+
+def _regrouped(chunks: Iterable[Points]) -> Iterator[Points]:
+    """``chunks`` joined and cut so that each but the last has `ROW_GROUP` rows or somewhat more."""
+    held: list[Points] = []
+    rows = 0
+    for chunk in chunks:
+        held.append(chunk)
+        rows += len(chunk.series)
+        if rows >= 2 * ROW_GROUP:
+            whole = joined(held)
+            cuts = range(ROW_GROUP, rows - ROW_GROUP + 1, ROW_GROUP)
+            edges = [0, *cuts]
+            for a, b in zip(edges, edges[1:], strict=False):
+                yield whole.where(slice(a, b))
+            held = [whole.where(slice(edges[-1], None))]
+            rows -= edges[-1]
+    if rows:
+        yield joined(held)
+
+
+def arrow(a: npt.NDArray[np.generic]) -> pa.Array:
+    """``a`` as an Arrow array, without a copy."""
+    a = np.ascontiguousarray(a)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(a.dtype), len(a), [None, pa.py_buffer(a)])
+
+
+def flat(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.generic]:
+    """The values of a numeric column without nulls.
+
+    Raises:
+        ValueError: if there are nulls.
+    """
+    if column.null_count:
+        raise ValueError("holds nulls")
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    dtype = np.dtype(column.type.to_pandas_dtype())
+    found = [np.frombuffer(c.buffers()[1], dtype=dtype)[c.offset : c.offset + len(c)] for c in chunks if len(c)]
+    if len(found) == 1:
+        return found[0]
+    return np.concatenate(found) if found else np.zeros(0, dtype)
+
+
+def table_of(points: Points) -> pa.Table:
+    """``points`` as Arrow has them, without a copy."""
+    return pa.Table.from_arrays([arrow(c) for c in points], schema=PART)
+
+
+def _points(table: pa.Table | pa.RecordBatch) -> Points:
+    series, steps, values = (flat(table.column(name)) for name in PART.names)
+    return Points(series, steps, values)  # pyright: ignore[reportArgumentType]  # types were checked when it was opened
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part on disk, its footer read.
+
+    Attributes:
+        path: the file.
+        attempt, first, last: what it covers, from its name.
+        rows: number of values.
+        steps: number of recorded steps.
+    """
+
+    path: Path
+    attempt: int
+    first: int
+    last: int
+    rows: int
+    steps: int
+    _meta: pq.FileMetaData
+    _lowest: Ids
+    _highest: Ids
+
+    @staticmethod
+    def open(path: Path) -> Part:
+        """Read the footer of ``path``.
+
+        Raises:
+            FileNotFoundError: if it is gone.
+            OSError, pyarrow.ArrowException, ValueError: if it is no part.
+        """
+        name = parse_part(path.name)
+        if name is None:
+            raise ValueError("its name is not <attempt>-<first>-<last>.parquet")
+        with pq.ParquetFile(path) as file:
+            meta, schema = file.metadata, file.schema_arrow
+        if not schema.equals(PART):
+            raise ValueError(
+                f"has columns {', '.join(schema.names)[:80]!r}, expected series, step, value as this library"
+            )
+        extra = schema.metadata or {}
+        groups = [meta.row_group(g).column(0).statistics for g in range(meta.num_row_groups)]
+        known = [s for s in groups if s is not None and s.has_min_max]
+        if len(known) < len(groups):
+            raise ValueError("lacks the statistics of its row groups")
+        return Part(
+            path,
+            *name,
+            meta.num_rows,
+            int(extra.get(_STEPS_KEY, b"0")),
+            meta,
+            np.array([s.min for s in known], dtype=np.int32),
+            np.array([s.max for s in known], dtype=np.int32),
+        )
+
+    def covers(self, other: Part) -> bool:
+        """True if everything in ``other`` is in this part too."""
+        return self.attempt == other.attempt and self.first <= other.first and other.last <= self.last
+
+    def read(self, ids: Ids | None = None) -> Points:
+        """The values of the series ``ids`` (all without), in the order of the file.
+
+        Raises:
+            FileNotFoundError: if it was replaced by a larger part in the meantime.
+            OSError, pyarrow.ArrowException, ValueError: if it is damaged.
+        """
+        groups = range(len(self._lowest))
+        if ids is not None:
+            if not len(ids):
+                return joined(())
+            groups = np.flatnonzero((self._highest >= ids.min()) & (self._lowest <= ids.max())).tolist()
+        if not len(groups):
+            return joined(())
+        with pq.ParquetFile(self.path, metadata=self._meta, page_checksum_verification=True) as file:
+            points = _points(file.read_row_groups(list(groups), columns=PART.names, use_threads=False))
+        return points if ids is None else points.where(np.isin(points.series, ids))
+
+    def batches(self) -> Iterator[Points]:
+        """All values, some thousand at a time.
+
+        Raises:
+            OSError, pyarrow.ArrowException, ValueError: if it is damaged.
+        """
+        with pq.ParquetFile(self.path, metadata=self._meta, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(_BATCH, columns=PART.names, use_threads=False):
+                yield _points(batch)
+
+
+def open_parts(folder: Path, room: str) -> tuple[list[Part], list[str]]:
+    """The parts that stand in a room of a run folder.
+
+    Args:
+        folder: a run folder.
+        room: `LIVE` or `SERIES`.
+
+    Returns:
+        The readable ones, and what is wrong with each of the others. A part that vanishes is neither.
+    """
+    found, faults = [], []
+    for name in names(folder, room):
+        if parse_part(name) is None:
+            if not name.endswith(".tmp"):
+                faults.append(f"{room}/{name} is not a part of this run: ignored")
+            continue
+        try:
+            found.append(Part.open(folder / RANK / room / name))
+        except FileNotFoundError:
+            pass
+        except UNREADABLE as e:
+            faults.append(f"{room}/{name} cannot be read: {e}")
+    return found, faults
+
+
+def merge(parts: Iterable[Part]) -> Iterator[Points]:
+    """The values of several parts of one attempt, sorted by series, then step, in little memory.
+
+    Args:
+        parts: with ranges that do not overlap.
+
+    Yields:
+        Chunks that hold each of their series whole.
+
+    Raises:
+        OSError, pyarrow.ArrowException, ValueError: if one is damaged.
+    """
+    # in order of steps, so that a stable sort by series leaves the steps of each series in order
+    streams = [p.batches() for p in sorted(parts, key=lambda p: p.first)]
+    held: list[list[Points]] = [[] for _ in streams]
+    running = set(range(len(streams)))
+    bound = -1  # series up to here may go on in a stream that has not ended
+    while running:
+        for i in [i for i in running if not held[i] or held[i][-1].series[-1] <= bound]:
+            batch = next(streams[i], None)
+            if batch is None:
+                running.discard(i)
+            elif len(batch.series):
+                held[i].append(batch)
+        if any(not held[i] for i in running):
+            continue
+        bound = min((int(held[i][-1].series[-1]) for i in running), default=np.iinfo(np.int32).max)
+        ready: list[Points] = []
+        for i, batches in enumerate(held):
+            if batches and (batches[0].series[0] < bound or not running):
+                mine = joined(batches)
+                cut = len(mine.series) if not running else int(np.searchsorted(mine.series, bound))
+                ready.append(mine.where(slice(0, cut)))
+                held[i] = [mine.where(slice(cut, None))] if cut < len(mine.series) else []
+        if ready:
+            points = joined(ready)
+            yield points.where(np.argsort(points.series, kind="stable"))
+
+
+def visible(parts: Iterable[Part]) -> list[Part]:
+    """The cover rule: ``parts`` without those whose range lies in another's; in order of attempt and step.
+
+    Args:
+        parts: at equal ranges the earlier one wins.
+    """
+    found: list[Part] = []
+    for p in sorted(parts, key=lambda p: p.first - p.last):  # widest first; sorted() keeps equals in order
+        if not any(q.covers(p) for q in found):
+            found.append(p)
+    return sorted(found, key=lambda p: (p.attempt, p.first))

@@ -1,0 +1,681 @@
+"""Reads a run folder: the one way in for the command line, the dashboard, reports and the user.
+
+A folder is data from anywhere: nothing in it is executed, paths outside it are not followed, and what is damaged is named
+in `Run.warnings` while the rest is read. Folders are listed in the direction in which values travel (tail, live, series),
+so that a reader beside a running writer misses none, and counts none twice thanks to the cover rule.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from monitor.block import ColumnBlock, RawBlock, Steps, apply
+from monitor.errors import MetricError, RunFormatError, UsageError
+from monitor.metric import Array, Block, Mask, Metric, load_metrics
+from monitor.store import layout
+from monitor.store.parts import (
+    UNREADABLE,
+    Ids,
+    Names,
+    Part,
+    Points,
+    arrow,
+    gather,
+    joined,
+    open_parts,
+    table_of,
+    visible,
+)
+from monitor.store.process import is_alive
+from monitor.store.stored import Stored, read_findings
+from monitor.store.summary import SeriesSummary, Summaries, combine, read_summaries, summarise
+from monitor.store.tail import columns, read_tail
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from duckdb import DuckDBPyRelation
+
+    from monitor.diagnosis.finding import Finding, Incident, Verdict
+
+_TRIES = 8  # a part that a writer replaced while it was being read; each retry finds larger, longer-lived ones
+_DEPTH = 3  # of folders in which runs are looked for
+_SHOWN = 5  # names in an error
+
+T = TypeVar("T")
+
+
+class _Tail(NamedTuple):
+    """The rows of one attempt that no part holds yet; quacks like a `Part` once evaluated."""
+
+    attempt: int
+    first: int
+    last: int
+    steps: int
+    blocks: list[RawBlock]
+    points: Points
+
+    def read(self, ids: Ids | None = None) -> Points:
+        return self.points if ids is None else self.points.where(np.isin(self.points.series, ids))
+
+
+class Run:
+    """A run as it was when it was opened; open it again to see what was recorded since.
+
+    A later attempt replaces the steps of earlier ones from its first recorded step on: that is the history `block`,
+    `series`, ``first_step`` and ``last_step`` speak of. Give ``attempt`` for what one attempt recorded. Summaries and
+    ``steps`` count everything.
+
+    Args:
+        path: a run folder.
+
+    Raises:
+        RunFormatError: if it is not one, or its run.json cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._verdict: Verdict | None = None
+        self._load()
+
+    def _load(self) -> None:
+        info = layout.read_info(self.path)
+        segments = read_tail(self.path)
+        live, live_faults = open_parts(self.path, layout.LIVE)
+        series, series_faults = open_parts(self.path, layout.SERIES)
+        if info["status"] == "running":
+            info = layout.read_info(self.path)  # after the listing: it explains every id in the parts found
+        #: What run.json holds.
+        self.info: dict[str, Any] = info
+        self.is_live = info["status"] == "running" and is_alive(info["process"], self._written())
+        self._names = Names(info["series"])
+        self._faults = [*series_faults, *live_faults]
+        self._files = visible([*series, *live])
+        self._tails: list[_Tail] = []
+        for attempt in sorted({s.attempt for s in segments}):
+            mine = [s for s in segments if s.attempt == attempt]
+            after = max((p.last for p in self._files if p.attempt == attempt), default=-1)
+            blocks = [b for s in mine for b in s.blocks]
+            steps = np.unique(np.concatenate([np.zeros(0, np.int64), *(b.steps for b in blocks)]))
+            steps = steps[steps > after]
+            if len(steps):
+                self._tails.append(_Tail(attempt, int(steps[0]), int(steps[-1]), len(steps), blocks, joined(())))
+            # the frame that a live writer is just writing is no fault
+            self._faults += [s.fault for s in mine if s.fault and not (self.is_live and s.cut and s is mine[-1])]
+        self._evaluated = False
+        self._loaded: list[Summaries] | None = None
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.name
+
+    @property
+    def status(self) -> str:
+        """``running``, ``finished``, ``failed``, ``interrupted``, ``detached``, or ``died`` without a word."""
+        status: str = self.info["status"]
+        return "died" if status == "running" and not self.is_live else status
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was known without tensors: modules, parameters, optimizers, precision."""
+        return self.info["facts"]
+
+    @property
+    def attempts(self) -> int:
+        """How many times it was started; ``info["attempts"]`` says when and how each ended."""
+        return len(self.info["attempts"])
+
+    @property
+    def steps(self) -> int:
+        """Number of recorded steps, of all attempts."""
+        return sum(p.steps for p in (*self._files, *self._tails))
+
+    @property
+    def first_step(self) -> int | None:
+        """The first recorded step, None if there is none."""
+        return min((p.first for p in (*self._files, *self._tails)), default=None)
+
+    @property
+    def last_step(self) -> int | None:
+        """The last recorded step of the last attempt that recorded any."""
+        return max(((p.attempt, p.last) for p in (*self._files, *self._tails)), default=(0, None))[1]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What could not be recorded, what was dropped, and what cannot be read, a line each."""
+        drops = [f"dropped: {what}: {json.dumps(how)}" for what, how in self.info["drops"].items()]
+        self._evaluate()
+        return list(dict.fromkeys([*self.info["warnings"], *drops, *self._faults]))
+
+    # ------------------------------------------------------------------ what there is
+
+    def metrics(self) -> dict[str, list[str]]:
+        """Metric -> the columns of it that were recorded, in the order of their first values."""
+        found: dict[str, list[str]] = {}
+        self._evaluate()
+        for metric, column in self._names.columns():
+            found.setdefault(metric, []).append(column)
+        return found
+
+    def refs(self) -> list[str]:
+        """Every ``"metric.column"`` that can be asked for: the recorded ones, then those computed from them."""
+        recorded = [f"{m}.{c}" for m, cs in self.metrics().items() for c in cs]
+        found = dict.fromkeys(recorded)
+        waiting = [m for m in self._definitions().values() if m.derived]
+        for _ in range(len(waiting)):  # a derived metric may need another one
+            for m in waiting:
+                if all(n in found for n in m.needs):
+                    found |= dict.fromkeys(f"{m.id}.{c.name}" for c in m.columns)
+        return list(found)
+
+    def modules(self, ref: str) -> tuple[str, ...]:
+        """The modules ``ref`` was recorded for, in order of execution; none if it was not recorded.
+
+        A computed column has the modules of what it needs.
+        """
+        metric, column = _split(ref)
+        self._evaluate()
+        recorded = list(self._names.of(metric, column))
+        if not recorded:
+            m = self._definitions().get(metric)
+            if m is None or not m.derived or all(c.name != column for c in m.columns):
+                return ()
+            several = [self.modules(n) for n in m.needs]
+            return tuple(x for x in several[0] if all(x in other for other in several[1:]))
+        # a module whose first value came late (a layer that was thawed) still stands where it is executed
+        place = {p["name"]: i for i, p in enumerate(self.facts.get("parameters", ()))}
+        return tuple(sorted(recorded, key=lambda m: place.get(m, len(place))))
+
+    # ------------------------------------------------------------------ values
+
+    def block(
+        self,
+        ref: str,
+        modules: Iterable[str] | None = None,
+        first: int | None = None,
+        last: int | None = None,
+        attempt: int | None = None,
+    ) -> Block:
+        """The values of one column.
+
+        Args:
+            ref: ``"metric.column"``, recorded or computed.
+            modules: which, in which order; all in order of execution without. Unrecorded ones are empty columns.
+            first: first step.
+            last: last step, included.
+            attempt: only what this attempt recorded.
+
+        Returns:
+            A block with the one name ``ref``: steps at which any of the modules has a value, values float64, and a mask.
+
+        Raises:
+            UsageError: if ``ref`` is neither recorded nor a column of a known metric.
+        """
+        self._known(ref)
+        return self._steady(lambda: self._block(ref, modules, first, last, attempt))
+
+    def series(self, ref: str, module: str = "") -> tuple[Steps, Array]:
+        """One series.
+
+        Args:
+            ref: ``"metric.column"``, recorded or computed.
+            module: "" for a value of the whole run.
+
+        Returns:
+            ``steps`` int64 and ``values`` float64, where there is a value.
+
+        Raises:
+            UsageError: if it was not recorded.
+        """
+        self._known(ref)
+        modules = self.modules(ref)
+        if module not in modules:
+            raise UsageError(f"{ref} has no module {module!r:.80}; it was recorded for {_some(modules)}")
+        block = self.block(ref, [module])
+        has = block.has(ref)[:, 0]
+        return block.steps[has], block[ref][has, 0]
+
+    def frame(self, metric: str) -> pd.DataFrame:
+        """One metric as a tidy table.
+
+        Args:
+            metric: its id.
+
+        Returns:
+            One row per step and module: ``step``, ``module``, then the columns; ``attempt`` first if there were several,
+            superseded steps included. NaN where a column has no value (`block` tells it from a recorded NaN).
+
+        Raises:
+            UsageError: if nothing of it was recorded.
+        """
+        import pandas as pd
+
+        refs = [r for r in self.refs() if _split(r)[0] == metric]
+        if not refs:
+            raise UsageError(f"nothing of a metric {metric!r:.80} was recorded; there are {_some(self.metrics())}")
+        several = sorted({p.attempt for p in (*self._files, *self._tails)})
+        frames = []
+        for attempt in several:
+            block = aligned({r: self.block(r, attempt=attempt) for r in refs})
+            any_value = np.any([block.has(r) for r in refs], axis=0)
+            row, column = np.nonzero(any_value)
+            data: dict[str, Any] = {"attempt": attempt} if len(several) > 1 else {}
+            data |= {"step": block.steps[row], "module": np.array(block.modules, dtype=object)[column]}
+            data |= {_split(r)[1]: block[r][any_value] for r in refs}
+            frames.append(pd.DataFrame(data))
+        return pd.concat(frames, ignore_index=True)
+
+    def summary(self, ref: str | None = None) -> list[SeriesSummary]:
+        """Summaries of series; of recorded ones without reading their values, where large parts hold them.
+
+        Args:
+            ref: only of this column; every recorded one without.
+
+        Returns:
+            One per series, in order of execution; none if ``ref`` was not recorded.
+        """
+        self._evaluate()
+        if ref is None:
+            return combine(self._steady(self._summaries), self._names)
+        ids = self._names.of(*_split(ref))
+        modules = self.modules(ref)
+        if ids:
+            found = combine(self._steady(self._summaries), self._names, set(ids.values()))
+        elif modules:
+            names = Names()
+            parts = [self.block(ref, attempt=a) for a in sorted({p.attempt for p in (*self._files, *self._tails)})]
+            blocks = [ColumnBlock(*_split(ref), b.steps, b.modules, b[ref], b.has(ref)) for b in parts]
+            found = combine([summarise(gather([b], names)) for b in blocks], names)
+        else:
+            return []
+        return sorted(found, key=lambda s: modules.index(s.module))
+
+    def sql(self, query: str) -> DuckDBPyRelation:
+        """Ask DuckDB: ``run.sql("select module, max(value) from series where metric = 'grad_norm' group by module")``.
+
+        Args:
+            query: over the view ``series`` with the columns attempt, metric, column, module, step, value; all attempts.
+
+        Returns:
+            A relation: ``.df()`` for pandas, ``.fetchall()`` for tuples.
+        """
+        import duckdb
+        import pyarrow.dataset as ds
+
+        self._evaluate()
+        here = duckdb.connect()
+        triples = list(zip(*self._names.triples, strict=True)) or [[], [], []]
+        ids = arrow(np.arange(len(self._names), dtype=np.int32))
+        texts = [pa.array(t, pa.string()) for t in triples]
+        here.register("names", pa.Table.from_arrays([ids, *texts], names=["series", "metric", "column", "module"]))
+        selects = []
+        # as Arrow data sets of explicit files: DuckDB would read a path with brackets in it as a pattern
+        sources = [(p.attempt, ds.dataset(str(p.path), format="parquet")) for p in self._files]
+        sources += [(t.attempt, table_of(t.points)) for t in self._tails]
+        for i, (attempt, source) in enumerate(sources or [(0, table_of(joined(())))]):
+            here.register(f"part_{i}", source)
+            selects.append(f"select {attempt} as attempt, * from part_{i}")
+        here.execute(
+            'create view series as select attempt, metric, "column", module, step, value '
+            f"from ({' union all '.join(selects)}) join names using (series)"
+        )
+        return here.sql(query)
+
+    def tables(self) -> list[tuple[str, int, int]]:
+        """``(name, attempt, step)`` of every stored table of vectors."""
+        found = (layout.parse_table(n) for n in layout.names(self.path, layout.TABLES))
+        return sorted(t for t in found if t is not None)
+
+    def table(self, name: str, step: int, attempt: int = 0) -> pa.Table:
+        """One of `tables`.
+
+        Raises:
+            UsageError: if there is no such table.
+            RunFormatError: if it is damaged.
+        """
+        if (name, attempt, step) not in self.tables():
+            raise UsageError(
+                f"no table {name!r:.80} of step {step}, attempt {attempt}; there are {_some(self.tables())}"
+            )
+        path = self.path / layout.RANK / layout.TABLES / layout.table_name(name, attempt, step)
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                return file.read(use_threads=False)
+        except UNREADABLE as e:
+            raise RunFormatError(f"{str(path)!r}: cannot be read: {e}") from e
+
+    # ------------------------------------------------------------------ what is wrong with it
+
+    def stored_findings(self) -> Stored | None:
+        """What the recorder found while recording, or None if it stored nothing that can be read."""
+        path = self.path / layout.RANK / layout.FINDINGS
+        if not path.is_file() or not layout.inside(self.path, path):
+            return None
+        try:
+            return read_findings(path)
+        except FileNotFoundError:
+            return None
+        except ValueError as e:
+            self._fault(f"{layout.FINDINGS} cannot be read: {e}")
+            return None
+
+    def verdict(self) -> Verdict:
+        """What is wrong with the run, over everything that was recorded when it was opened."""
+        from monitor.diagnosis.report import report
+
+        if self._verdict is None:
+            self._verdict = report(self)
+        return self._verdict
+
+    def incidents(self) -> list[Incident]:
+        """Findings grouped by cause, the worst first."""
+        return list(self.verdict().incidents)
+
+    def findings(self) -> list[Finding]:
+        """Everything found, the earliest first."""
+        from monitor.diagnosis.engine import place
+
+        return sorted((f for i in self.incidents() for f in i.findings), key=place)
+
+    # ------------------------------------------------------------------ how it shows
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {', '.join(self._headline())})"
+
+    def _repr_html_(self) -> str:
+        rows = [(m, ", ".join(cs), len(self.modules(f"{m}.{cs[0]}"))) for m, cs in self.metrics().items()]
+        cells = "".join(f"<tr>{''.join(f'<td>{html.escape(str(c))}</td>' for c in r)}</tr>" for r in rows)
+        head = "<tr><th>metric</th><th>columns</th><th>modules</th></tr>"
+        return (
+            f"<p><b>{html.escape(self.name)}</b>: {html.escape(', '.join(self._headline()))}</p>"
+            f"<table>{head}{cells}</table>"
+        )
+
+    def _headline(self) -> list[str]:
+        words = [f"{self.status!r}"[1:-1], f"{self.steps:,} steps", f"{len(self.metrics())} metrics"]
+        return words + ([f"{self.attempts} attempts"] if self.attempts > 1 else [])
+
+    # ------------------------------------------------------------------ inside
+
+    def _written(self) -> float:
+        """When anything in the folder was last written, seconds of the epoch."""
+        rooms = [self.path / layout.RANK / room for room in (layout.TAIL, layout.LIVE)]
+        files = [self.path / layout.RUN_JSON]
+        files += [place / n for place in rooms for n in layout.names(self.path, place.name)]
+        latest = 0.0
+        for file in files:
+            with suppress(OSError):
+                latest = max(latest, file.stat().st_mtime)
+        return latest
+
+    def _definitions(self) -> Mapping[str, Metric]:
+        try:
+            return load_metrics()
+        except MetricError as e:
+            self._fault(f"no metric can be computed: {e}")
+            return {}
+
+    def _fault(self, line: str) -> None:
+        if line not in self._faults:
+            self._faults.append(line)
+
+    def _evaluate(self) -> None:
+        """Turn the rows of the tail into points; they may bring series that no part has."""
+        if self._evaluated or not self._tails:
+            return
+        self._evaluated = True
+        metrics = self._definitions().values()
+        for i, tail in enumerate(self._tails):
+            blocks, faults = columns(tail.blocks, metrics, tail.first - 1)
+            self._tails[i] = tail._replace(points=gather(blocks, self._names), blocks=[])
+            for f in faults:
+                self._fault(f)
+
+    def _known(self, ref: str) -> None:
+        metric, column = _split(ref)
+        self._evaluate()
+        if self._names.of(metric, column):
+            return
+        m = self._definitions().get(metric)
+        if m is None or all(c.name != column for c in m.columns):
+            raise UsageError(f"no column {ref!r:.80}; there are {_some(self.refs())}")
+
+    def _steady(self, read: Callable[[], T]) -> T:
+        """``read()``, over a fresh listing as long as a writer replaces parts under its hands."""
+        for _ in range(_TRIES):
+            try:
+                return read()
+            except FileNotFoundError:
+                self._load()
+        raise RunFormatError(f"{str(self.path)!r}: its parts change faster than they can be read; try again")
+
+    def _points(self, ids: Ids | None, first: int | None, last: int | None, attempt: int | None) -> Iterator[Points]:
+        """The rows of some series, part by part, in the order of recording; what is damaged is left out, said so."""
+        self._evaluate()
+        parts = sorted((*self._files, *self._tails), key=lambda p: (p.attempt, p.first))
+        begins: dict[int, int] = {}
+        for p in parts:
+            begins.setdefault(p.attempt, p.first)
+        for p in parts:
+            if attempt not in (None, p.attempt):
+                continue
+            low = p.first if first is None else first
+            high = p.last if last is None else last
+            if attempt is None:
+                high = min([high, *(begin - 1 for a, begin in begins.items() if a > p.attempt)])
+            if p.last < low or high < p.first:
+                continue
+            try:
+                points = p.read(ids)
+            except FileNotFoundError:
+                raise
+            except UNREADABLE as e:
+                self._damaged(p, e)
+                continue
+            if low > p.first or high < p.last:
+                points = points.where((points.steps >= low) & (points.steps <= high))
+            yield points
+
+    def _damaged(self, part: Part | _Tail, e: Exception) -> None:
+        if isinstance(part, Part):
+            self._fault(f"{part.path.parent.name}/{part.path.name} is damaged: {e}")
+            self._files = [p for p in self._files if p is not part]
+
+    def _block(
+        self, ref: str, modules: Iterable[str] | None, first: int | None, last: int | None, attempt: int | None
+    ) -> Block:
+        names = tuple(self.modules(ref) if modules is None else modules)
+        ids = self._names.of(*_split(ref))
+        m = self._definitions().get(_split(ref)[0]) if not ids else None
+        if m is not None and m.derived:
+            return self._derived(m, ref, names, first, last, attempt)
+        wanted = {ids[name]: i for i, name in enumerate(names) if name in ids}
+        place = np.full(len(self._names), -1, dtype=np.intp)
+        place[list(wanted)] = list(wanted.values())
+        read = self._points(np.array(list(wanted), dtype=np.int32), first, last, attempt)
+        chunks = [_dense(p, place, len(names)) for p in read if len(p.series)]
+        steps = np.unique(np.concatenate([np.zeros(0, np.int64), *(c[0] for c in chunks)]))
+        values = np.full((len(steps), len(names)), np.nan)
+        has = np.zeros(values.shape, dtype=np.bool_)
+        for at, some, mask in chunks:
+            rows = np.searchsorted(steps, at)
+            values[rows] = np.where(mask, some, values[rows])
+            has[rows] |= mask
+        return Block(steps, names, {ref: values}, {ref: has})
+
+    def _derived(
+        self,
+        m: Metric,
+        ref: str,
+        modules: tuple[str, ...],
+        first: int | None,
+        last: int | None,
+        attempt: int | None,
+    ) -> Block:
+        """A computed column, from as many earlier recorded steps as its formula looks back."""
+        reach = m.lookback
+        while True:
+            start = None if first is None else first - reach
+            # the values of one module need no other's, so nothing else is read
+            block = aligned({n: self._block(n, self._narrow(n, modules), start, last, attempt) for n in m.needs})
+            before = 0 if first is None else int(np.searchsorted(block.steps, first))
+            if start is None or before >= m.lookback or start <= (self.first_step or 0):
+                break
+            reach *= 4
+        answer = next(b for b in apply(m, block) if b.ref == ref)
+        values = np.full((len(block.steps), len(modules)), np.nan)
+        has = np.zeros(values.shape, dtype=np.bool_)
+        for i, name in enumerate(modules):
+            if name in answer.modules:
+                j = answer.modules.index(name)
+                values[:, i], has[:, i] = answer.values[:, j], answer.has[:, j]
+        rows = slice(before, None)
+        return Block(block.steps[rows], modules, {ref: values[rows]}, {ref: has[rows]})
+
+    def _narrow(self, ref: str, modules: tuple[str, ...]) -> tuple[str, ...]:
+        recorded = self.modules(ref)
+        return tuple(m for m in recorded if m in modules) or recorded
+
+    def _summaries(self) -> list[Summaries]:
+        """Summaries of the large parts, and of what has none, in the order of recording."""
+        if self._loaded is not None:
+            return self._loaded
+        self._evaluate()
+        found: list[Summaries] = []
+        waiting: list[Points] = []
+
+        def settle() -> None:
+            points = joined(waiting)
+            if len(points.series):
+                # stable: attempts stay in the order of recording
+                found.append(summarise(points.where(np.argsort(points.series, kind="stable"))))
+            waiting.clear()
+
+        for p in sorted((*self._files, *self._tails), key=lambda p: (p.attempt, p.first)):
+            stored = None
+            if isinstance(p, Part) and p.path.parent.name == layout.SERIES:
+                path = self.path / layout.RANK / layout.SUMMARY / p.path.name
+                stored = read_summaries(path) if layout.inside(self.path, path) else None
+            if stored is not None and int(stored.scalars["n"].sum()) == p.rows:
+                settle()
+                found.append(stored)
+                continue
+            try:
+                waiting.append(p.read())
+            except FileNotFoundError:
+                raise
+            except UNREADABLE as e:
+                self._damaged(p, e)
+        settle()
+        self._loaded = found
+        return found
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run folder.
+
+    Args:
+        path: the folder of one run.
+
+    Raises:
+        RunFormatError: if it is not one; a folder of runs is told apart, and its runs are named.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise RunFormatError(f"{str(path)!r}: no such folder")
+    if not folder.is_dir():
+        raise RunFormatError(f"{str(path)!r} is a file, expected the folder of a run")
+    if not (folder / layout.RUN_JSON).exists() and (runs := find_runs(folder)):
+        raise RunFormatError(f"{str(path)!r} holds {len(runs)} runs, expected one; name it: {_some(map(str, runs))}")
+    return Run(folder)
+
+
+def find_runs(path: str | os.PathLike[str]) -> list[Path]:
+    """The run folders at or below ``path``, the one started or resumed last first.
+
+    Args:
+        path: a run, a folder of runs, or a folder of such folders; links are not followed.
+    """
+    found: list[Path] = []
+    level = [Path(path)]
+    for _ in range(_DEPTH + 1):
+        below: list[Path] = []
+        for folder in level:
+            if (folder / layout.RUN_JSON).is_file():
+                found.append(folder)
+                continue
+            with suppress(OSError), os.scandir(folder) as entries:
+                below += [folder / e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[:1] != "."]
+        level = below
+    return sorted(sorted(found), key=_begun, reverse=True)
+
+
+def _begun(folder: Path) -> str:
+    try:
+        return layout.read_info(folder)["attempts"][-1]["started"]
+    except (RunFormatError, IndexError):
+        return ""
+
+
+def aligned(blocks: Mapping[str, Block]) -> Block:
+    """Blocks of one name each as one block: over all their steps, and the modules that each of them has.
+
+    Args:
+        blocks: name -> a block with that name.
+    """
+    first = next(iter(blocks.values()))
+    modules = tuple(m for m in first.modules if all(m in b.modules for b in blocks.values()))
+    steps = np.unique(np.concatenate([b.steps for b in blocks.values()]))
+    values: dict[str, Array] = {}
+    has: dict[str, Mask] = {}
+    for name, b in blocks.items():
+        columns = [b.modules.index(m) for m in modules]
+        values[name] = np.full((len(steps), len(modules)), np.nan)
+        has[name] = np.zeros(values[name].shape, dtype=np.bool_)
+        rows = np.searchsorted(steps, b.steps)
+        values[name][rows], has[name][rows] = b[name][:, columns], b.has(name)[:, columns]
+    return Block(steps, modules, values, has)
+
+
+def _dense(points: Points, place: npt.NDArray[np.intp], width: int) -> tuple[Steps, Array, Mask]:
+    """Rows of one part as ``(step, module)``; ``place`` says which column a series has."""
+    begins = np.flatnonzero(np.diff(points.series, prepend=-1))
+    height = len(points.series) // len(begins)
+    table = points.steps.reshape(len(begins), height) if height * len(begins) == len(points.series) else None
+    even = table is not None and np.array_equal(begins, np.arange(len(begins)) * height)
+    if table is not None and even and (table == table[0]).all() and (np.diff(table[0]) > 0).all():
+        # the usual case, every series at the same steps, needs no search
+        steps, columns = table[0], place[points.series[begins]]
+        at, recorded = (slice(None), columns), points.values.reshape(table.shape).T
+    else:
+        steps, recorded = np.unique(points.steps), points.values
+        at = np.searchsorted(steps, points.steps), place[points.series]
+    values, has = np.full((len(steps), width), np.nan), np.zeros((len(steps), width), dtype=np.bool_)
+    values[at], has[at] = recorded, True
+    return steps, values, has
+
+
+def _split(ref: str) -> tuple[str, str]:
+    metric, dot, column = ref.partition(".")
+    if not dot:
+        raise UsageError(f"{ref!r:.80} is not a column; write it as 'metric.column', like 'loss.value'")
+    return metric, column
+
+
+def _some(names: Iterable[object]) -> str:
+    shown: Sequence[str] = [repr(n) for n in names]
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return (", ".join(shown[:_SHOWN]) or "nothing") + more

@@ -1,0 +1,54 @@
+"""The recorded sample runs give the findings that are written beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import monitor
+
+SAMPLES = Path(__file__).parents[1] / "sample_runs"
+EXPECTED: dict[str, dict[str, Any]] = json.loads((SAMPLES / "expected.json").read_text(encoding="utf-8"))
+
+
+def test_every_script_has_a_recorded_run_and_expectations() -> None:
+    """Oracle: invariance. Scripts, folders and expectations have the same names."""
+    folders = {f.name for f in SAMPLES.iterdir() if (f / "run.json").is_file()}
+    assert set(EXPECTED) == {f.stem for f in SAMPLES.glob("*.py")} == folders
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_findings(name: str) -> None:
+    """Oracle: planted fault. The trouble built into each script is found where it begins, and nothing else is."""
+    run = monitor.open(SAMPLES / name)
+    assert run.status == "finished"
+    assert run.warnings == []
+    verdict = run.verdict()
+    assert verdict.level == EXPECTED[name]["level"]
+    incidents = [i for i in verdict.incidents if i.severity != "info"]
+    assert len(incidents) == len(EXPECTED[name]["incidents"])
+    for incident, expected in zip(incidents, EXPECTED[name]["incidents"], strict=True):
+        places = [(f.rule, f.module) for f in incident.findings]
+        assert places[0] == (expected[0]["rule"], expected[0]["module"])
+        for e in expected:
+            assert (e["rule"], e["module"]) in places
+            finding = incident.findings[places.index((e["rule"], e["module"]))]
+            first, last = e["first_step"]
+            assert first <= finding.first_step <= last
+
+
+@pytest.mark.parametrize("name", [n for n, e in EXPECTED.items() if "reaches" in e])
+def test_cure(name: str) -> None:
+    """Oracle: golden. The series that shows the cure reaches its value by the step where it did when published."""
+    goal = EXPECTED[name]["reaches"]
+    steps, values = monitor.open(SAMPLES / name).series(goal["ref"], goal["module"])
+    assert int(steps[values >= goal["value"]][0]) <= goal["by_step"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_small(name: str) -> None:
+    """Oracle: golden. A sample run stays below 1 MB."""
+    assert sum(f.stat().st_size for f in (SAMPLES / name).rglob("*")) < 1_000_000
