@@ -32,14 +32,14 @@ check: $(READY) ## What CI runs: format, lint, types, generated docs, tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyright --warnings
-	@$(BIN)/python .ci/docs.py --check
+	@$(BIN)/python -m monitor_cli.docs --check
 	@$(BIN)/python -m pytest
 
 bench: $(READY) ## Measure the overhead on this machine
-	@for file in tests/benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit; done
+	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit; done
 
 docs: $(READY) ## Write METRICS.md, RULES.md and cli/README.md from the code
-	@$(BIN)/python .ci/docs.py
+	@$(BIN)/python -m monitor_cli.docs
 
 sample-runs: $(READY) ## Record the sample runs anew
 	@for name in $(SAMPLES); do \

@@ -75,23 +75,21 @@ def baseline(values: Array, has: Mask, *, first: int = 0, window: int = WINDOW, 
     windows = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)
 
     median, scale = np.full(x.shape, np.nan), np.full(x.shape, np.nan)
-    wanted = (count >= max(minimum, 1)) & (rows >= first)
-    for n in np.unique(count[wanted]):
-        module, step = np.nonzero(wanted & (count == n))
-        for start in range(0, len(step), _CHUNK):
-            at = module[start : start + _CHUNK], step[start : start + _CHUNK]
-            w = windows[at]
-            median[at] = middle = _median(w, n)
-            with np.errstate(over="ignore"):
-                mad = _median(np.abs(w - middle[:, None].astype(np.float32)), n)
-            scale[at] = np.maximum(SIGMA_PER_MAD * mad, FLOOR * np.abs(middle))
+    module, step = np.nonzero((count >= max(minimum, 1)) & (rows >= first))
+    for start in range(0, len(step), _CHUNK):
+        at = module[start : start + _CHUNK], step[start : start + _CHUNK]
+        w, n = windows[at], count[at]
+        median[at] = middle = _median(w, n)
+        with np.errstate(over="ignore"):
+            mad = _median(np.abs(w - middle[:, None].astype(np.float32)), n)
+        scale[at] = np.maximum(SIGMA_PER_MAD * mad, FLOOR * np.abs(middle))
     return Baseline(median.T, scale.T, count.T)
 
 
-def _median(windows: npt.NDArray[np.float32], n: int) -> Array:
-    """Median of the ``n`` smallest values of each row of ``(row, value)``."""
-    s = np.sort(windows, axis=-1)
-    return 0.5 * (s[:, (n - 1) // 2].astype(np.float64) + s[:, n // 2])
+def _median(windows: npt.NDArray[np.float32], n: npt.NDArray[np.int64]) -> Array:
+    """Median of the ``n`` smallest values of each row; ``windows`` is ``(row, value)``, ``n`` is ``(row,)``."""
+    s, row = np.sort(windows, axis=-1), np.arange(len(n))
+    return 0.5 * (s[row, (n - 1) // 2].astype(np.float64) + s[row, n // 2])
 
 
 def robust_z(

@@ -83,6 +83,7 @@ FIELDS = {
 #: Hosts that a text of this project may point a reader to.
 HOSTS = {
     "127.0.0.1",
+    "192.0.2.1",  # reserved for documentation
     "arxiv.org",
     "docs.pytorch.org",
     "keepachangelog.com",

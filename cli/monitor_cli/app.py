@@ -28,7 +28,7 @@ for command in (inspect, explain, dashboard):
     app.command()(command)
 
 # A terminal that cannot show a sparkline gets these instead, in place of an error.
-_ASCII = str.maketrans("▁▂▃▄▅▆▇█×·…–—−→≥≤■▲◆●○σµ", "_.-:=+*#x..---->><!^i*ous")
+_ASCII = str.maketrans("▁▂▃▄▅▆▇█" + "×·…–—−→■▲◆●○σ", "_.-:=+*#" + "x.~--->!^+*os")
 
 
 def _version(wanted: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from monitor.errors import UsageError
 
@@ -26,6 +27,14 @@ def runs_folder() -> Path:
 def console() -> Console:
     """Standard output. Nothing is read as markup: names come from other people's programs."""
     return Console(markup=False, highlight=False, emoji=False)
+
+
+def show(*blocks: RenderableType) -> None:
+    """Print blocks below each other, without the blanks that fill lines up."""
+    out = console()
+    with out.capture() as text:
+        out.print(*blocks, sep="\n")
+    out.file.write(re.sub(r" +$", "", text.get(), flags=re.MULTILINE))
 
 
 @contextmanager

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from monitor.errors import MonitorError, RunFormatError, UsageError
 from monitor_cli.common import Debug, reported, runs_folder
+
+if TYPE_CHECKING:
+    import subprocess
 
 HOST = "127.0.0.1"
 PORT = 8501  # Streamlit's own
@@ -41,6 +40,10 @@ def dashboard(
     Serves on 127.0.0.1 only and asks nothing of the network. Ctrl-C ends it.
     """
     with reported(debug):
+        # imported late, like http.client below: together a tenth of what `monitor inspect` takes
+        import subprocess
+        import webbrowser
+
         folder = runs_folder() if path is None else path
         if not folder.is_dir():
             raise RunFormatError(f"{folder} is no folder; give a run or a folder of runs")
@@ -90,12 +93,16 @@ def _port(wanted: int | None) -> int:
         return wanted or PORT
     if wanted is not None:
         raise UsageError(f"--port {wanted} is taken; give another one, or leave --port out for a free one")
+    import socket
+
     with socket.socket() as s:
         s.bind((HOST, 0))
         return s.getsockname()[1]
 
 
 def _free(port: int) -> bool:
+    import socket
+
     with socket.socket() as s:
         if os.name == "posix":  # elsewhere it would mean "steal the port"
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,6 +114,8 @@ def _free(port: int) -> bool:
 
 
 def _wait_until_served(process: subprocess.Popen[bytes], port: int) -> None:
+    import http.client
+
     end = time.monotonic() + START_S
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -124,6 +133,8 @@ def _wait_until_served(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    import subprocess
+
     if process.poll() is None:
         process.terminate()
     try:

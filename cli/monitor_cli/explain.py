@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from monitor.errors import UsageError
-from monitor_cli.common import Debug, console, reported
+from monitor_cli.common import Debug, reported, show
 
 
 def explain(
@@ -18,7 +18,10 @@ def explain(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Explain a metric or a rule: definition, units, thresholds, sources, remedies."""
+    """Explain a metric or a rule.
+
+    Definition, units, cost and source of a metric; meaning, thresholds, remedies and limits of a rule.
+    """
     with reported(debug):
         from monitor.metric import load_metrics
         from monitor.rule import load_rules
@@ -26,13 +29,13 @@ def explain(
 
         metrics, rules = load_metrics(), load_rules()
         if id_ is None:
-            console().print(render.catalogue(metrics, rules))
+            show(render.catalogue(metrics, rules))
             return
         name = id_.partition(".")[0]  # "grad_norm.norm", as inspect shows it, is a column of grad_norm
         if name in metrics:
-            console().print(render.metric(metrics[name]))
+            show(render.metric(metrics[name]))
         elif name in rules:
-            console().print(render.rule(rules[name]))
+            show(render.rule(rules[name]))
         else:
             near = difflib.get_close_matches(name, [*metrics, *rules], n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}?" if near else "`monitor explain` lists them"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from monitor.errors import RunFormatError, UsageError
-from monitor_cli.common import Debug, console, reported, runs_folder
+from monitor_cli.common import Debug, reported, runs_folder, show
 
 if TYPE_CHECKING:
     from monitor.store.run import Run
@@ -59,11 +59,10 @@ def inspect(
             view = look(shown, everything=True)
             typer.echo(jsonout.dumps(view))
         else:
-            out = console()
             if runs and run is not None:
-                out.print(render.runs(runs, everything), "")
+                show(render.runs(runs, everything), "")
             view = _watched(shown, everything) if watch else look(shown, everything)
-            out.print(render.screen(view, everything))
+            show(render.screen(view, everything))
     if fail_on is not None and _at_least(view.verdict.level, fail_on):
         raise typer.Exit(FOUND)
 

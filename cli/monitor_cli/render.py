@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,17 +24,23 @@ from monitor.errors import RunFormatError
 from monitor.metric import Array, Metric
 from monitor.rule import HEADINGS, Remedy, Rule
 from monitor.store.run import open_run
-from monitor_cli.view import Number, View, started, thresholds, together
+from monitor_cli.view import Number, View, started, together
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 NONFINITE = "×"
 #: A positive curve that spans more than this factor is drawn on a logarithmic scale.
 SPAN = 100.0
+#: A series in the table that moves less than this part of its size is drawn flat: its noise is no shape.
+FLAT = 0.1
 
 #: Incidents told in full, and in brief; the rest are counted.
 FULL, BRIEF = 1, 2
 #: Consequences, warnings and gaps shown before they are counted.
 FEW = 4
+#: Remedies shown before `monitor explain` is pointed at.
+REMEDIES = 2
+#: What "unjudged" says already.
+THIN = "not enough evidence: "
 #: Rows of the table of runs.
 MANY = 12
 
@@ -59,7 +66,7 @@ def spark(steps: Steps, high: Array, last: int, width: int, log: bool) -> str:
         return ""
     cell = (steps - steps[0]) * cells // max(last - int(steps[0]) + 1, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.where(high > 0, np.log(high), -math.inf) if log else high.copy()
+        scaled = np.where(high > 0, np.log(high), -math.inf) if log else high
     drawn = scaled[np.isfinite(scaled)]
     low, span = (float(drawn.min()), float(np.ptp(drawn))) if len(drawn) else (0.0, 0.0)
     line = [" "] * cells
@@ -68,26 +75,28 @@ def spark(steps: Steps, high: Array, last: int, width: int, log: bool) -> str:
         if not np.isfinite(high[inside]).all():
             line[c] = NONFINITE
         elif inside.any():
-            part = (float(scaled[inside].max()) - low) / span if span else 0.5
-            line[c] = BLOCKS[max(0, min(int(part * len(BLOCKS)), len(BLOCKS) - 1))]
+            top = max(float(scaled[inside].max()), low)
+            line[c] = BLOCKS[min(int((top - low) / span * len(BLOCKS)), len(BLOCKS) - 1) if span else len(BLOCKS) // 2]
     return "".join(line)
 
 
 class Sparkline:
-    """A series drawn as wide as the place it is given, at most ``limit`` cells."""
+    """A series drawn as wide as the place it is given, at most 100 cells."""
 
-    def __init__(self, series: Number, limit: int = 100) -> None:
+    def __init__(self, series: Number, flat: float = 0.0) -> None:
         self.series = series
         s = series.summary
         low, high = s.min, s.max
-        # what the definition asks for, or what the values ask for: a loss falls through decades
-        self.log = bool(low >= 0 and high > 0 and (series.log or s.band.min[s.band.min > 0].min() * SPAN < high))
-        self.limit = limit
+        # what the definition asks for, or what the values ask for
+        decades = bool(np.any((s.band.min > 0) & (s.band.min * SPAN < high)))
+        self.log = low >= 0 and high > 0 and (series.log or decades)
+        self.flat = high - low <= flat * max(abs(low), abs(high))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The line."""
         s = self.series.summary
-        line = spark(s.band.steps, s.band.max, s.last_step, min(options.max_width, self.limit), self.log)
+        high = np.where(np.isfinite(s.band.max), 1.0, s.band.max) if self.flat else s.band.max
+        line = spark(s.band.steps, high, s.last_step, min(options.max_width, 100), self.log)
         text = Text(line, "cyan", no_wrap=True)
         text.highlight_regex(NONFINITE, "bold red")
         yield text
@@ -102,7 +111,7 @@ def screen(view: View, everything: bool = False) -> RenderableType:
     """
     blocks = [_header(view), *_curves(view), _verdict(view), *_incidents(view, everything)]
     blocks += [_numbers(view), _notes(view, everything)]
-    return Group(*(Padding(b, (0, 0, 1, 0)) for b in blocks[:-1] if b), blocks[-1])
+    return Group(*[part for b in blocks if b is not None for part in ("", b)][1:])
 
 
 def watched(view: View, everything: bool) -> RenderableType:
@@ -182,56 +191,57 @@ def _incidents(view: View, everything: bool) -> Iterable[RenderableType]:
 def _incident(view: View, incident: Incident, everything: bool, brief: bool) -> RenderableType:
     head = incident.head
     rule = view.rules.get(head.rule)
-    title = Text.assemble(
-        (plain(head.title), f"bold {COLOURS[head.severity]}"), f"  {head.severity}  {when(head, rule)}  {place(head)}"
-    )
-    rows: list[tuple[RenderableType, RenderableType]] = [(_label("what"), Text(plain(describe(head, rule))))]
-    if not brief:
-        rows.append((_label("measured"), _measured(head, rule)))
-    if incident.consequences:
-        rows.append((_label("then"), _consequences(incident.consequences, everything, brief)))
+    title = Text(plain(head.title), f"bold {COLOURS[incident.severity]}")
+    for part in (incident.severity, when(head, rule), place(head)):
+        title.append(f"  {part}", "not bold default")
+    rows: list[tuple[RenderableType, RenderableType]] = [(_label("what"), _sentence(head, rule))]
+    if brief and incident.consequences:
+        titles = dict.fromkeys(plain(f.title) for f in incident.consequences)
+        rows.append((_label("with"), Text(", ".join(titles))))
+    elif incident.consequences:
+        # information may be older than the trouble it belongs to
+        earlier = [f for f in incident.consequences if f.first_step < head.first_step]
+        later = [f for f in incident.consequences if f.first_step >= head.first_step]
+        rows += [(_label(label), _findings(view, some, everything)) for label, some in (("before", earlier), ("then", later)) if some]
     if rule is not None:
-        rows += [(_label("do" if i == 0 else "or"), _remedy(r)) for i, r in enumerate(rule.remedies[: 1 if brief else None])]
+        count = len(rule.remedies) if everything else 1 if brief else REMEDIES
+        rows += [(_label("or" if i else "do"), _remedy(r)) for i, r in enumerate(rule.remedies[:count])]
+        if not brief and len(rule.remedies) > count:
+            rows.append(("", Text(f"… and {len(rule.remedies) - count} more: monitor explain {rule.id}", "dim")))
         if not brief:
-            rows.append((_label("unless"), Text(plain(rule.refute), "dim")))
+            rows.append((_label("unless"), Text(rule.refute, "dim")))
     return Group(title, Padding(_rows(rows), (0, 0, 0, 2)))
 
 
-def _measured(f: Finding, rule: Rule | None) -> Text:
-    text = Text(f"{number(f.value)} against a threshold of {number(f.threshold)}")
+def _sentence(f: Finding, rule: Rule | None) -> Text:
+    text = Text(plain(describe(f, rule)))
     if f.peak_step != f.first_step:
-        text.append(f" at step {f.peak_step:,}")
-    for name, value in f.evidence.items():
-        text.append(f", {plain(name)} {number(value)}")
-    for p in thresholds(f, rule) if rule is not None else ():
-        text.append(f"\n{p.name} {number(p.value)} {_unit(p.unit)}: {p.source}", "dim")
+        text.append(f" Worst at step {f.peak_step:,}.")
     if rule is not None and rule.experimental:
-        text.append("\nexperimental: these thresholds have neither a source nor a calibration yet", "dim")
+        text.append(" Experimental: these thresholds have neither a source nor a calibration yet.")
     return text
 
 
-def _consequences(findings: Sequence[Finding], everything: bool, brief: bool) -> RenderableType:
+def _findings(view: View, findings: Sequence[Finding], everything: bool) -> RenderableType:
+    """Findings a line each, those of one rule together."""
     groups = [(f, 0) for f in findings] if everything else together(findings)
-    if brief:
-        names = dict.fromkeys(f.title for f, _ in groups)
-        return Text(", ".join(plain(n) for n in names))
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for style in ("", COLOURS["warning"], ""):
-        grid.add_column(style=style, no_wrap=True)
-    grid.add_column(ratio=1)
     shown = groups if everything else groups[:FEW]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    grid.add_column(no_wrap=True)
     for f, others in shown:
-        more = f" … and {others} more, --all lists them" if others else ""
+        what = Text(plain(f.title), COLOURS[f.severity])
+        if f.module:
+            what.append(f"  {plain(f.module, 40)}", "default")
+        if others:
+            what.append(f" … and {others:,} more", "dim")
         sign = ">" if f.value > f.threshold else "<" if f.value < f.threshold else "="
-        grid.add_row(
-            f"step {f.first_step:,}",
-            Text(plain(f.title), COLOURS[f.severity]),
-            f"{number(f.value)} {sign} {number(f.threshold)}",
-            Text(plain(f.module, 40) + more),
-        )
-    if len(groups) > len(shown):
-        return Group(grid, Text(f"… and {len(groups) - len(shown)} more kinds, --all lists them", "dim"))
-    return grid
+        fact = (rule := view.rules.get(f.rule)) is not None and rule.audit is not None
+        step = "wiring" if fact else f"step {f.first_step:,}"
+        grid.add_row(step, what, Text(f"{number(f.value)} {sign} {number(f.threshold)}", "dim"))
+    hidden = len(findings) - len(shown)
+    return Group(grid, Text(f"{hidden:,} more findings: --all lists them", "dim")) if hidden else grid
 
 
 def _remedy(r: Remedy) -> Text:
@@ -245,16 +255,20 @@ def _numbers(view: View) -> RenderableType | None:
     if not view.numbers:
         return None
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    grid.add_column(no_wrap=True, max_width=38)
+    grid.add_column(no_wrap=True, max_width=46)
     for _ in range(3):
         grid.add_column(justify="right", no_wrap=True)
     grid.add_column(ratio=1, no_wrap=True)
-    grid.add_row(*(Text(t, "dim") for t in ("", "last", "min", "max", "")))
+    grid.add_row(*(Text(t, "dim") for t in ("", "last", "min", "max", "highest in each block")))
+    several = Counter(series.ref for series in view.numbers)
     for series in view.numbers:
         s = series.summary
-        name = Text.assemble(series.ref, (f" {plain(s.module, 20)}" if s.module else "", "dim"))
-        name.append(f" [{series.unit}]" if _unit(series.unit) else "", "dim")
-        grid.add_row(name, number(s.last), number(s.min), number(s.max), Sparkline(series))
+        name = Text(series.ref)
+        if several[series.ref] > 1 or s.metric == "logged":
+            name.append(f" {plain(s.module, 20)}", "dim")
+        if _unit(series.unit):
+            name.append(f" [{series.unit}]", "dim")
+        grid.add_row(name, number(s.last), number(s.min), number(s.max), Sparkline(series, FLAT))
     return grid
 
 
@@ -272,7 +286,7 @@ def _notes(view: View, everything: bool) -> RenderableType:
             rows.append((_label(label), Text("\n".join(shown), "dim")))
 
     add("absent", [f"{plain(what, 40)}: {plain(why)}" for what, why in view.absent])
-    add("unjudged", [f"{plain(rule, 40)}: {plain(why)}" for rule, why in view.verdict.unjudged.items()])
+    add("unjudged", [f"{r}: {plain(why.removeprefix(THIN))}" for r, why in view.verdict.unjudged.items()])
     add("warnings", [plain(w) for w in view.run.warnings])
     return _rows(rows)
 
@@ -354,8 +368,9 @@ def _prose(doc: str) -> Iterable[RenderableType]:
         if heading:
             yield Text(heading, "bold")
         text = paragraph.replace("``", "").replace("`", "")
-        block = Text(f"{text}\n" if text.startswith(" ") else " ".join(text.split()) + "\n")
-        yield Padding(block, (0, 0, 0, 2)) if heading else block
+        formula = text.startswith(" ")
+        shown = Text(textwrap.dedent(text) if formula else " ".join(text.split()))
+        yield Padding(shown, (0, 0, 1, 4 if formula else 2 if heading else 0))
 
 
 def paragraphs(doc: str) -> Iterable[tuple[str, str]]:

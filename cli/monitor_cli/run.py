@@ -14,7 +14,7 @@ def run(
     script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="The training script, unmodified.", show_default=False)],
     args: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ARGS]...", help="Everything after SCRIPT is the script's own.", show_default=False),
+        typer.Argument(metavar="ARGS", help="Everything after SCRIPT is the script's own.", show_default=False),
     ] = None,
     run_dir: Annotated[
         Path | None,

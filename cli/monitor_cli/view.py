@@ -86,7 +86,7 @@ def look(run: Run, everything: bool = False) -> View:
         curve=_numbers(run, (CURVE,)),
         numbers=_numbers(run, [id for id in shown if id in recorded and id != CURVE]),
         model=str(facts.get("class", "")),
-        parameters=sum(int(p["numel"]) for p in facts.get("parameters", ())),
+        parameters=sum(n for p in facts.get("parameters", ()) if isinstance(n := p.get("numel"), int)),
         started=started(run),
         seconds=_seconds(run),
         overhead=info["overhead"],
@@ -131,7 +131,7 @@ def thresholds(finding: Finding, rule: Rule) -> tuple[Param, ...]:
     return tuple(p for p in rule.params if p.value == finding.threshold) or rule.params
 
 
-def together(findings: tuple[Finding, ...]) -> list[tuple[Finding, int]]:
+def together(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
     """Findings of one rule as the earliest of them and the number of others, in the order of the earliest."""
     first: dict[str, Finding] = {}
     others: dict[str, int] = {}

@@ -46,18 +46,17 @@ def _body(page: Page, ticking: bool) -> None:
 def _draw(page: Page) -> bool:
     """Header and page; whether to look again by itself."""
     runs = data.list_runs()
-    by_name = {path.name: path for path in runs}
     picker, state, switch = st.columns([0.24, 0.6, 0.16], vertical_alignment="center")
     with picker:
         name = st.selectbox(
             Key.RUN,
-            list(by_name),
+            list(runs),
             key=Key.RUN,
             bind="query-params",
             label_visibility="collapsed",
             format_func=markup.name,
         )
-    view = data.view(by_name[name])
+    view = data.view(runs[name])
     state.html(markup.head(view.run))
     live = False
     if view.run.is_live:

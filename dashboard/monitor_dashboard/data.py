@@ -9,13 +9,16 @@ import os
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from threading import RLock
+from typing import Literal
 
 import numpy as np
 import streamlit as st
-from monitor.store.run import Run, find_runs, open_run
 
 from monitor.diagnosis.finding import Verdict
-from monitor.metric import Metric, load_metrics
+from monitor.errors import RunFormatError
+from monitor.metric import SITES, Metric, load_metrics
+from monitor.store.run import Run, find_runs, open_run
 from monitor_dashboard import sampling
 from monitor_dashboard.sampling import Grid, Line
 
@@ -36,9 +39,19 @@ def runs_root() -> Path:
     return Path(os.environ.get(RUNS_VARIABLE) or "runs")
 
 
-def list_runs() -> list[Path]:
-    """The runs at `runs_root`, newest first."""
-    return find_runs(runs_root())
+def list_runs() -> dict[str, Path]:
+    """The runs at or below `runs_root`, newest first, by their path from there.
+
+    Raises:
+        RunFormatError: if there is none.
+    """
+    root = runs_root()
+    found = find_runs(root)
+    if not found:
+        if not root.is_dir():
+            raise RunFormatError(f"{str(root)!r}: no such folder; give a run or a folder of runs")
+        raise RunFormatError(f"{str(root)!r} holds no run yet; record one with: monitor run train.py")
+    return {path.name if path == root else str(path.relative_to(root)): path for path in found}
 
 
 def stamp(path: Path) -> Stamp:
@@ -61,51 +74,70 @@ class View:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._lock = RLock()  # a run may read its folder anew while it answers, and sessions are threads
         self.line = lru_cache(maxsize=256)(self._line)
         self.grid = lru_cache(maxsize=16)(self._grid)
 
     @cached_property
     def verdict(self) -> Verdict:
         """What is wrong with the run."""
-        return self.run.verdict()
+        with self._lock:
+            return self.run.verdict()
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What could not be recorded or read."""
+        with self._lock:
+            return self.run.warnings
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """The recorded metrics that this version knows, by id."""
-        known = load_metrics()
-        return {name: known[name] for name in self.run.metrics() if name in known}
+        """The metrics that were recorded, or can be computed from those that were, by id."""
+        with self._lock:
+            refs = set(self.run.refs())
+        return {m.id: m for m in load_metrics().values() if main_column(m) in refs and self.modules(main_column(m))}
 
-    def plotted(self, kind: str) -> list[Metric]:
-        """Recorded metrics drawn as ``"line"`` or ``"heatmap"``."""
-        return [m for m in self.metrics.values() if m.plot.kind == kind and self.run.modules(main_column(m))]
+    def plotted(self, kind: Literal["line", "heatmap"]) -> list[Metric]:
+        """The metrics that are drawn in this way, in the order in which a step reaches them."""
+        return sorted((m for m in self.metrics.values() if m.plot.kind == kind), key=lambda m: SITES.index(m.site))
 
     def modules(self, ref: str) -> tuple[str, ...]:
         """Modules for which ``ref`` was recorded, in order of execution."""
-        return self.run.modules(ref)
+        with self._lock:
+            return self.run.modules(ref)
+
+    def decades(self, ref: str) -> float:
+        """How far ``ref`` ranges: its largest over its smallest positive value; 1 if there is none."""
+        with self._lock:
+            found = self.run.summary(ref)
+        lows = [float(s.band.min[s.band.min > 0].min()) for s in found if (s.band.min > 0).any()]
+        highs = [s.max for s in found if s.max > 0]
+        return max(highs) / min(lows) if lows and highs else 1.0
 
     def _line(self, ref: str, module: str, first: int, last: int, log: bool) -> Line:
-        steps, values = self.run.series(ref, module)
-        inside = slice(*np.searchsorted(steps, (first, last + 1)))
-        return sampling.line(steps[inside], values[inside], log=log)
+        with self._lock:
+            block = self.run.block(ref, [module], first, last)
+        has = block.has(ref)[:, 0]
+        return sampling.line(block.steps[has], block[ref][has, 0], log=log)
 
     def _grid(self, ref: str, first: int, last: int) -> Grid:
-        modules = self.run.modules(ref)
-        steps, _ = self.run.series(ref, modules[0])
-        steps = steps[slice(*np.searchsorted(steps, (first, last + 1)))]
+        modules = self.modules(ref)
+        with self._lock:
+            steps = self.run.block(ref, modules[:1], first, last).steps
         interval = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
         rows = min(len(modules), sampling.MAX_ROWS)
         width, number = sampling.columns(first, last, rows, interval)
         together = max(1, _CHUNK // max(len(steps), 1))
         parts = []
         for at in range(0, len(modules), together):
-            block = self.run.block(ref, modules=modules[at : at + together], first=first, last=last)
+            with self._lock:
+                block = self.run.block(ref, modules[at : at + together], first, last)
             parts.append(sampling.cells(block.steps, block[ref], block.has(ref), first, width, number))
         values, state = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
         shown = sampling.worst_rows(values, state, rows)
         starts = first + width * np.arange(number, dtype=np.int64)
-        return Grid(
-            tuple(modules[i] for i in shown), starts, width, values[shown], state[shown], len(modules) - len(shown)
-        )
+        names = tuple(modules[i] for i in shown)
+        return Grid(names, starts, width, values[shown], state[shown], len(modules) - len(shown))
 
 
 def main_column(metric: Metric) -> str:
@@ -114,9 +146,9 @@ def main_column(metric: Metric) -> str:
 
 
 def unit(metric: Metric) -> str:
-    """Unit of `main_column`; "" for a pure number."""
+    """Unit of `main_column`; "" for a pure number, or where the name says it already."""
     found = metric.column(metric.plot.column).unit
-    return "" if found == "1" else found
+    return "" if found in ("1", metric.id, metric.plot.column) else found
 
 
 def columns(metric: Metric) -> Sequence[str]:

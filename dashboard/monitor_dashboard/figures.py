@@ -111,18 +111,20 @@ def _panel(figure: go.Figure, panel: Panel, i: int, domain: tuple[float, float],
         f"yaxis{'' if i == 1 else i}": {
             "domain": domain, "range": [low, high], "type": "log" if panel.log else "linear", "fixedrange": True,
             "gridcolor": p.border, "zeroline": False, "nticks": max(3, panel.height // 40), "exponentformat": "power",
-            "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4, "minorloglabels": "none",
+            "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
         }
     })  # fmt: skip
     top = domain[1]
-    _gutter(figure, top, 0, f"<b>{html(panel.title, 26)}</b>", p.text, 13)
-    _gutter(figure, top, 17, html(panel.caption, 36), p.faded, 11)
+    caption = html_lines(panel.caption, 27)
+    below = 34 + 13 * caption.count("<br>")
+    _gutter(figure, top, 0, f"<b>{html(panel.title, 24)}</b>", p.text, 13)
+    _gutter(figure, top, 17, caption, p.faded, 11)
     for n, (name, line) in enumerate(panel.lines.items()):
         colour = p.lines[n % len(p.lines)]
         _line(figure, line, f"{panel.title} {name}", axis, colour, (low, high), panel.log, p.broken)
-        row = f"{html(name, 18)}  <b>{number(line.last) if line.count else '–'}</b> {html(panel.unit, 12)}"
-        if 36 + 15 * n < panel.height - 10:
-            _gutter(figure, top, 36 + 15 * n, row, colour, 12)
+        row = f"{html(name, 16)}  <b>{number(line.last) if line.count else '–'}</b> {html(panel.unit, 12)}"
+        if below + 15 * n < panel.height - 10:
+            _gutter(figure, top, below + 15 * n, row, colour, 12)
 
 
 def _line(
@@ -297,7 +299,7 @@ def _frame(figure: go.Figure, window: tuple[int, int], height: int, p: Palette, 
 def _gutter(figure: go.Figure, y: float, shift: int, text: str, colour: str, size: int) -> None:
     figure.add_annotation(
         xref="paper", yref="paper", x=0, y=y, xshift=-GUTTER, yshift=-shift, xanchor="left", yanchor="top", text=text,
-        showarrow=False, font={"size": size, "color": colour}, borderpad=0,
+        showarrow=False, align="left", font={"size": size, "color": colour}, borderpad=0,
     )  # fmt: skip
 
 

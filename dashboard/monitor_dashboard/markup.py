@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from monitor.diagnosis.report import describe
-from monitor.store.run import Run
+from collections.abc import Iterable, Mapping, Sequence
 
 from monitor.diagnosis.finding import Finding, Incident, Verdict
+from monitor.diagnosis.report import describe
 from monitor.diagnosis.text import number, place, plain, when
 from monitor.rule import Rule
+from monitor.store.run import Run
 from monitor_dashboard.escape import html, markdown
 
 WORDS = {
@@ -20,8 +19,6 @@ WORDS = {
     "not_enough_evidence": "Not enough evidence",
 }
 _COLOUR = {"critical": "red", "warning": "orange", "info": "blue"}
-#: Consequences listed under an incident; the rest are counted.
-_SHOWN = 8
 
 
 def table(rows: Iterable[tuple[object, object]], *, words: bool = False) -> str:
@@ -35,51 +32,50 @@ def verdict(v: Verdict) -> str:
     return f'<div class="mon-verdict level-{v.level}"><span class="word">{WORDS[v.level]}</span>{html(v.text)}</div>'
 
 
-def incident_label(i: int, incident: Incident) -> str:
+def incident_label(i: int, incident: Incident, rules: Mapping[str, Rule]) -> str:
     """Markdown label of an incident's expander: number as on the chart, title, steps."""
     head = incident.head
-    return f":{_COLOUR[incident.severity]}-badge[{i}] **{markdown(head.title, 60)}**  {markdown(when(head))}"
+    steps = when(head, rules.get(head.rule))
+    return f":{_COLOUR[incident.severity]}-badge[{i}] **{markdown(head.title, 60)}**  {markdown(steps)}"
 
 
 def incident(incident: Incident, rules: Mapping[str, Rule]) -> str:
-    """What was found, the numbers behind it, what followed, what to do and what would refute it."""
+    """What was found with its numbers, what belongs to it, what to do and what would refute it."""
     head = incident.head
     rule = rules.get(head.rule)
-    parts = [f"<p>{html(describe(head, rule))}</p>", table(_evidence(head))]
+    parts = [f"<p>{html(describe(head, rule))}</p>", table(_where(head, rule))]
     if incident.consequences:
-        shown = [_consequence(f) for f in incident.consequences[:_SHOWN]]
-        more = len(incident.consequences) - len(shown)
-        parts.append(_items("What followed", [*shown, *([f"… and {more:,} more"] if more else [])]))
+        parts.append(_items("In the same incident", _consequences(incident, rules)))
     if rule is None:
         parts.append(f"<p>Rule {html(head.rule)} is not known to this version, so its remedy is not either.</p>")
     else:
         parts.append(_items("What to do", [_remedy(r.text, r.import_path) for r in rule.remedies]))
         parts.append(_items("What would refute it", [html(rule.refute)]))
-        sources = "; ".join(f"{q.name} {number(q.value)} {q.unit}: {q.source}" for q in rule.params)
-        parts.append(f'<h5>Threshold from</h5><span class="mon-source">{html(sources)}</span>')
         if rule.experimental:
-            parts.append(
-                '<p class="mon-source">Experimental: its thresholds have neither a source nor a calibration.</p>'
-            )
+            parts.append('<p class="mon-source">Experimental: thresholds without a source or a calibration.</p>')
     return f'<div class="mon-incident">{"".join(parts)}</div>'
 
 
-def _evidence(finding: Finding) -> list[tuple[str, str]]:
-    rows = [
-        ("where", place(finding)),
-        ("when", f"{when(finding)}, peak {finding.peak_step:,}"),
-        ("measured", number(finding.value)),
-        ("threshold", number(finding.threshold)),
-    ]
-    rows += [(name.replace("_", " "), number(value)) for name, value in finding.evidence.items()]
+def _where(finding: Finding, rule: Rule | None) -> list[tuple[str, str]]:
+    rows = [("where", place(finding)), ("when", when(finding, rule))]
+    if finding.count > 1:
+        rows += [("worst at step", f"{finding.peak_step:,}"), ("points", f"{finding.count:,}")]
     return rows
 
 
-def _consequence(finding: Finding) -> str:
-    return (
-        f'<span class="level-{finding.severity}" style="color:var(--level)">{html(finding.title, 60)}</span> · '
-        f"{html(when(finding))} · {html(place(finding))} · {html(number(finding.value))}"
-    )
+def _consequences(incident: Incident, rules: Mapping[str, Rule]) -> list[str]:
+    """What else belongs to an incident, as HTML: each rule once, by the first of its findings."""
+    by_rule: dict[str, list[Finding]] = {}
+    for finding in incident.consequences:
+        by_rule.setdefault(finding.rule, []).append(finding)
+    found = []
+    for findings in by_rule.values():
+        first, more = findings[0], len(findings) - 1
+        words = [when(first, rules.get(first.rule)), place(first), number(first.value)]
+        words += [f"and {more:,} more"] if more else []
+        title = f'<span class="level-{first.severity} mon-level">{html(first.title, 60)}</span>'
+        found.append(" · ".join([title, *map(html, words)]))
+    return found
 
 
 def _remedy(text: str, path: str) -> str:
@@ -105,19 +101,37 @@ def head(run: Run) -> str:
     """State and size of a run on one line."""
     live = run.is_live
     state = "recording" if live else run.status
-    level = {"failed": "critical", "interrupted": "warning"}.get(state, "info" if live else "healthy")
+    level = {"failed": "critical", "died": "critical", "interrupted": "warning"}.get(
+        state, "info" if live else "healthy"
+    )
     facts = [f"{run.steps:,} steps"]
     if run.steps:
         facts.append(f"step {run.first_step:,} – {run.last_step:,}")
-    if len(run.attempts) > 1:
-        facts.append(f"{len(run.attempts)} attempts")
+    if run.attempts > 1:
+        facts.append(f"{run.attempts} attempts")
     shown = "".join(f'<span class="fact">{html(fact)}</span>' for fact in facts)
     return f'<div class="mon-head"><span class="live level-{level}">{html(state)}</span>{shown}</div>'
 
 
-def recording(run: Run) -> str:
-    """Rows and lines on what recording cost and what it missed."""
-    return table(run.info.get("recording_rows", [])) + "".join(line(w) for w in run.warnings)
+def recording(run: Run, warnings: Sequence[str]) -> str:
+    """What was recorded and what that cost, what was absent and why, and every warning."""
+    info, facts = run.info, run.facts
+    parameters = facts.get("parameters", [])
+    rows: list[tuple[str, object]] = [("script", info["script"]), ("started", info["created"])]
+    if parameters:
+        size = sum(int(p["numel"]) for p in parameters)
+        rows.append(("model", f"{facts.get('class', '')} · {len(parameters):,} tensors · {size:,} parameters"))
+    rows += [("optimizer", o["class"]) for o in facts.get("optimizers", [])]
+    if isinstance(cost := info["overhead"].get("fraction"), int | float):
+        rows.append(("measured overhead", f"{cost:.1%}"))
+    rows += [(f"dropped {what}", f"{how:,}") for what, how in info["drops"].items() if how]
+    rows.append(("versions", ", ".join(f"{key} {value}" for key, value in info["versions"].items())))
+    parts = [table(rows)]
+    if missed := [(a["what"], a["why"]) for a in info.get("absent", [])]:
+        parts.append(heading("Not recorded") + table(missed, words=True))
+    if warnings:
+        parts.append(heading("Warnings") + "".join(line(w) for w in warnings))
+    return "".join(parts)
 
 
 def name(text: object) -> str:

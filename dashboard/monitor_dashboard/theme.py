@@ -41,7 +41,7 @@ LIGHT = Palette(
     level={
         "healthy": "#2c7a4b",
         "info": "#3a6ea5",
-        "warning": "#b86e00",
+        "warning": "#9d5d00",
         "critical": "#b92f2a",
         "not_enough_evidence": "#66717b",
     },

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -299,14 +300,19 @@ class LossClosure:
             table[key] = clones[id(buffer)]
         return batch.outputs()
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, *, twice: bool = False) -> Tensor:
         """The differentiable loss ``()`` of one of `batches`, inside a session.
 
+        Args:
+            batch: one of `batches`.
+            twice: refuse a loss whose second derivative autograd would get wrong without saying so.
+
         Raises:
-            UsageError: if the loss cannot be differentiated twice with respect to the stand-ins, and why.
+            UsageError: if the loss cannot be differentiated with respect to the stand-ins, and why.
+            RuntimeError: if ``twice`` and a function in the graph is marked as differentiable once.
         """
         loss = batch.loss_of(self.outputs(batch))
-        self._refuse_what_would_be_wrong(loss)
+        self._refuse_what_would_be_wrong(loss, twice)
         return loss
 
     def value(self, point: Point | None = None) -> float:
@@ -342,7 +348,7 @@ class LossClosure:
             return data
         return tree_map(lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, data)
 
-    def _refuse_what_would_be_wrong(self, loss: Tensor) -> None:
+    def _refuse_what_would_be_wrong(self, loss: Tensor, twice: bool) -> None:
         if not loss.requires_grad:
             raise UsageError(
                 "the loss does not depend on the selected parameters; it must be computed by calling the model, with "
@@ -355,6 +361,8 @@ class LossClosure:
                     f"the closure reads parameter {outside[0]} from outside the model; look it up while the closure "
                     "runs, e.g. in model.parameters(), so that its share of the curvature is counted."
                 )
+            if twice and _once_differentiable(node):  # autograd would take its second derivative for zero
+                raise RuntimeError(f"{node.name()} is marked once_differentiable")
             if node.name() == "CheckpointFunctionBackward":
                 raise UsageError(
                     "the model uses reentrant checkpointing, which cannot be differentiated twice; "
@@ -417,3 +425,11 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
         seen.add(node)
         yield node
         waiting.extend(following for following, _ in node.next_functions)
+
+
+def _once_differentiable(node: Any) -> bool:
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    # The decorator leaves no mark but itself: a wrapper defined in torch.autograd.function.
+    return (
+        hasattr(backward, "__wrapped__") and backward.__code__.co_filename == once_differentiable.__code__.co_filename
+    )

@@ -146,7 +146,9 @@ class Hessian(ClosureOperator):
 
     def _first_backward(self, batch: Batch) -> _Graph:
         leaves = self.point.leaves
-        gradient = torch.autograd.grad(self.closure.loss(batch), leaves, create_graph=True, allow_unused=True)
+        gradient = torch.autograd.grad(
+            self.closure.loss(batch, twice=True), leaves, create_graph=True, allow_unused=True
+        )
         curved = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
         self.unused = tuple(name for name, g in zip(self.point.names, gradient, strict=True) if g is None)
         return _Graph([gradient[i] for i in curved], curved, [leaf._version for leaf in leaves])

@@ -101,15 +101,16 @@ def xtrace(operator: Operator, *, products: int = 20, seed: int = 0) -> Estimate
     with operator.session():
         omega = torch.stack([signs(operator, generator) for _ in range(k)], 1)
         Y = torch.stack([operator(w) for w in omega.T], 1)
-        Q, _ = torch.linalg.qr(Y)
+        Q, R_ = torch.linalg.qr(Y)
         AQ = torch.stack([operator(q) for q in Q.T], 1)
 
     def small(a: Tensor, b: Tensor) -> Array:
         return (a.T @ b).double().cpu().numpy()
 
-    H, W, R = small(Q, AQ), small(Q, omega), small(Q, Y)
-    S = np.linalg.pinv(R).T  # column i is orthogonal to every column of R but the i-th: what leaving i out removes
-    S = S / np.maximum(np.linalg.norm(S, axis=0), np.finfo(np.float64).tiny)
+    H, W, R = small(Q, AQ), small(Q, omega), R_.double().cpu().numpy()
+    R[np.diag_indices(k)] += np.where(R.diagonal() == 0, np.finfo(np.float64).tiny ** 0.25, 0.0)
+    S = np.linalg.inv(R).T  # column i is orthogonal to every column of R but the i-th: what leaving i out removes
+    S = S / np.linalg.norm(S, axis=0)
     whole = small(omega, Y).diagonal()
     estimates = []
     for i in range(k):

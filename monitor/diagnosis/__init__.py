@@ -1,0 +1,1 @@
+"""From recorded series to a verdict: fold engine, episodes, findings, incidents."""

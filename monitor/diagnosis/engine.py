@@ -1,8 +1,8 @@
 """The fold: recorded columns in, findings out, whatever the pieces in which they arrive.
 
 A rule marks points; this engine keeps as much history as each rule needs, joins marked points into episodes (``hold``
-consecutive broken points begin one, ``release`` consecutive sound points end it) and can be stopped and continued at any
-step. The same code runs in the writer thread of a training and over an old run, and gives the same findings.
+consecutive broken points begin one, ``release`` consecutive sound points end it) and can be stopped and continued at
+any step. The same code runs in the writer thread of a training and over an old run, and gives the same findings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import base64
 import hashlib
 import linecache
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from monitor.block import ColumnBlock
 from monitor.diagnosis.finding import Finding
 from monitor.metric import SITES, Array, Block, Mask
-from monitor.rule import Hits, Rule, Severity, Window
+from monitor.rule import Hits, Rule, Window
 
 
 class _History:
@@ -116,10 +116,15 @@ class Engine:
     """
 
     def __init__(
-        self, rules: Mapping[str, Rule], facts: Mapping[str, Any], attempt: int = 0, state: Mapping[str, Any] | None = None
+        self,
+        rules: Mapping[str, Rule],
+        facts: Mapping[str, Any],
+        attempt: int = 0,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.facts = facts
         self.attempt = attempt
+        self._attempts = [attempt]
         self._rules = dict(rules)
         self._history: dict[str, _History] = {}
         self._episodes: dict[tuple[str, str], dict[str, _Episode]] = {}
@@ -133,6 +138,16 @@ class Engine:
                 self._keep[ref] = max(self._keep.get(ref, 1), rule.lookback)
         if state is not None:
             self._restore(state)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is known without tensors."""
+        return self._facts
+
+    @facts.setter
+    def facts(self, facts: Mapping[str, Any]) -> None:
+        self._facts = facts
+        self._order = {q["name"]: i for i, q in enumerate(facts.get("parameters", ()))}
 
     @property
     def last_step(self) -> int | None:
@@ -212,7 +227,8 @@ class Engine:
         module = hits.modules[i]
         episode = running.get(module)
         if episode is None:
-            order = -1 - i if hits.backward else i
+            order = self._order.get(module, i)
+            order = -1 - order if hits.backward else order
             episode = running[module] = _Episode(rule.id, site, module, order, int(hits.steps[rows[0]]))
         value = hits.value[rows, i]
         threshold = np.broadcast_to(hits.threshold, hits.value.shape)[rows, i]
@@ -311,6 +327,7 @@ class Engine:
         """Everything needed to go on later, as plain JSON (non-finite numbers as ``"nan"``, ``"inf"``, ``"-inf"``)."""
         return {
             "attempt": self.attempt,
+            "attempts": list(self._attempts),
             "last_step": self._last,
             "judged": dict(self._judged),
             "failed": dict(self._failed),
@@ -321,9 +338,10 @@ class Engine:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._closed = [_made(Finding, f) for f in state["closed"]]
-        episodes = [_made(_Episode, e) for e in state["episodes"]]
+        episodes = [_made(_Episode, e) for e in state["episodes"] if e["rule"] in self._rules]
+        self._attempts = sorted({*state["attempts"], self.attempt})
         if state["attempt"] != self.attempt:
-            over = [self._finding(e, still=False) for e in episodes if e.opened and e.rule in self._rules]
+            over = [self._finding(e, still=False) for e in episodes if e.opened]
             self._closed += [_made(Finding, asdict(f) | {"attempt": state["attempt"]}) for f in over]
             return
         for e in episodes:

@@ -17,15 +17,15 @@ def group(findings: Iterable[Finding]) -> list[Incident]:
     """Incidents, worst first, then earliest.
 
     Two findings of one attempt belong together if they overlap or at most `SLACK` steps lie between them. Information
-    joins an incident that it overlaps but neither heads nor connects incidents of warnings: it describes a state that may
-    last for most of a run. Findings of a rule over facts have no step, so all of one rule are one incident.
+    joins an incident that it overlaps but neither heads nor connects incidents of warnings: it describes a state that
+    may last for most of a run. Findings of a rule over facts have no step, so all of one rule are one incident.
 
     Args:
         findings: of any number of attempts, in any order.
 
     Returns:
-        Incidents whose head is the earliest finding by step, then by site, then by the order in which the step reaches the
-        modules, of those that are warnings or worse where there are any.
+        Incidents whose head is the earliest finding by step, then by site, then by the order in which the step reaches
+        the modules, of those that are warnings or worse where there are any.
     """
     rules = load_rules()
     ordered = sorted(findings, key=place)
@@ -60,5 +60,6 @@ def _overlapping(ordered: list[Finding]) -> list[list[Finding]]:
 
 
 def _incident(group: list[Finding]) -> Incident:
-    head, *rest = sorted(group, key=lambda f: (f.severity == "info" and any(g.severity != "info" for g in group), place(f)))
-    return Incident(head, tuple(rest), max((f.severity for f in group), key=SEVERITIES.index))
+    severity = SEVERITIES[max(SEVERITIES.index(f.severity) for f in group)]
+    head, *rest = sorted(group, key=lambda f: (f.severity == "info" != severity, place(f)))
+    return Incident(head, tuple(rest), severity)

@@ -53,13 +53,13 @@ def sentence(incident: Incident) -> str:
         text += f" from step {head.first_step:,} on"
     else:
         text += _at(head)
-    led = []
+    led: dict[str, list[str]] = {}
     for found in follows.values():
         first = found[0]
-        when = " at the same step" if first.first_step == head.first_step else f" at step {first.first_step:,}"
-        led.append(f"{_lower(first.title)}{_where(found)}{when}")
+        when = "the same step" if first.first_step == head.first_step else f"step {first.first_step:,}"
+        led.setdefault(when, []).append(f"{_lower(first.title)}{_where(found, ' ({})')}")
     if led:
-        text += f"; it led to {', '.join(led[:-1])}{' and ' if len(led) > 1 else ''}{led[-1]}"
+        text += f"; it led to {_and([f'{_and(what)} at {when}' for when, what in led.items()])}"
     return f"{text}."
 
 
@@ -69,13 +69,19 @@ def _at(f: Finding) -> str:
     return f" in steps {f.first_step:,}–{f.last_step:,}"
 
 
-def _where(found: list[Finding]) -> str:
-    """The first module, and how many others."""
-    names = list(dict.fromkeys(f.module for f in found))
-    if found[0].site not in _NAMED or not names[0]:
-        return ""
-    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f" in {names[0]}{others}"
+def _where(found: list[Finding], form: str = " in {}") -> str:
+    """The first module and how many others of its site, or nothing where the title says enough."""
+    first = found[0]
+    elsewhere = first.site != load_rules()[first.rule].site  # a rule that looks at several sites: say which
+    if first.site not in _NAMED or not first.module:
+        return form.format(f"the {first.site}") if elsewhere else ""
+    others = len({f.module for f in found if f.site == first.site}) - 1
+    name = f"the {first.site} of {first.module}" if elsewhere else first.module
+    return form.format(f"{name} and {others} more" if others else name)
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _lower(text: str) -> str:

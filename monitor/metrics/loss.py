@@ -1,9 +1,10 @@
 """The training loss: the tensor that ``backward()`` was called on.
 
-    value = sum of that tensor over the micro-batches of the step, the loss scale divided out
+    value = mean of that tensor over the micro-batches of the step, the loss scale divided out
 
-so it is the quantity whose gradient the optimizer used, with every term the script added (regularisers, auxiliary
-heads). ``micro_steps`` counts the ``backward()`` calls that made the step.
+so it has every term the script added (regularisers, auxiliary heads). Where the script divides each micro-batch's
+loss by their number, that is multiplied back. ``micro_steps`` counts the ``backward()`` calls that made the step; of
+a closure that is evaluated again and again only the first call counts, the loss at the parameters of the step.
 
 Healthy: falls, then flattens, with a few per cent of noise from batch to batch.
 
@@ -38,7 +39,7 @@ METRIC = Metric(
     title="Training loss",
     site="loss",
     columns=(
-        Column("value", "loss", "loss whose gradient the optimizer used"),
+        Column("value", "loss", "loss that was trained on, mean over micro-batches"),
         Column("micro_steps", "count", "backward() calls that made the step"),
     ),
     compute=compute,

@@ -1,0 +1,1 @@
+"""Recording: the only room that hooks torch. `attach` is the way in."""

@@ -24,6 +24,7 @@ from monitor.metric import load_metrics
 from monitor.record.budget import Account
 from monitor.record.facts import unwrap, versions
 from monitor.record.flush import Flusher, to_stderr
+from monitor.record.private import quiet
 from monitor.record.recorder import Recorder
 from monitor.record.sites.logged import LoggedSite
 from monitor.store.run import open_run
@@ -33,7 +34,7 @@ _OPEN: dict[int, Handle] = {}
 
 
 class Handle:
-    """A recording under way. Letting go of it changes nothing; it ends with `close`, a ``with`` block or the process."""
+    """A recording under way. It may be dropped; it ends with `close`, a ``with`` block or the process."""
 
     def __init__(self, recorder: Recorder | None, flusher: Flusher | None, roots: Sequence[nn.Module]) -> None:
         self._recorder = recorder
@@ -142,7 +143,8 @@ def attach(
 ) -> Handle:
     """Record the training of ``model`` from here on. Nothing has to be called in the loop.
 
-    Steps are seen by a hook that torch calls after each optimizer step; nothing about the training changes, bit for bit.
+    Steps are seen by a hook that torch calls after each optimizer step; nothing about the training changes, bit for
+    bit.
     The verdict is printed when the run ends: at `Handle.close`, at the end of a ``with`` block, or with the process,
     also after an exception or Ctrl-C.
 
@@ -207,18 +209,18 @@ def begin(
     folder = Path(run_dir) if run_dir is not None else _default_folder(script)
     writer = RunWriter.create(folder, script=script, resume=resume, start_step=start_step)
     flusher = Flusher(writer, to_stderr)
-    recorder = Recorder(
-        models, flusher, optimizers=optimizers, follow_all=follow_all, start_step=writer.start_step
-    )
+    with quiet():
+        recorder = Recorder(models, flusher, optimizers=optimizers, follow_all=follow_all, start_step=writer.start_step)
     flusher.missing = recorder.missing
     roots = [unwrap(m) for m in models]
     handle = Handle(recorder, flusher, roots)
     if handle._account is not None:
         flusher.overhead = handle._account.report
-    writer.update(versions=versions(), columns=_columns(), argv=[str(a) for a in sys.argv])
+    writer.update(versions=versions(), columns=_columns(), facts={"argv": [str(a) for a in sys.argv]})
     for root in roots:
         _OPEN[id(root)] = handle
-    tensors = sum(1 for m in roots for p in m.parameters() if p.requires_grad)
+    with quiet():
+        tensors = sum(1 for m in roots for p in m.parameters() if p.requires_grad)
     moved = f" ({folder.name} is occupied)" if writer.renamed else ""
     to_stderr(f"recording {tensors} tensors → {_short(writer.path)}{moved}")
     return handle
@@ -226,13 +228,9 @@ def begin(
 
 def _columns() -> dict[str, Any]:
     return {
-        m.id: {
-            "title": m.title,
-            "site": m.site,
-            "source": m.source,
-            "columns": {c.name: {"unit": c.unit, "doc": c.doc} for c in m.columns},
-        }
+        f"{m.id}.{c.name}": {"title": m.title, "site": m.site, "unit": c.unit, "doc": c.doc, "source": m.source}
         for m in load_metrics().values()
+        for c in m.columns
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ _CALLS = 400
 
 
 class Account:
-    """Adds up the time spent in hooks, in the writer thread and in the dispatch of calls the mode sees but does not watch.
+    """Adds up the time spent in hooks, in the writer thread and in calls that the mode sees but does not watch.
 
     Time in hooks is wall time on the training thread, compared with the wall time of the run; the writer's is the
     thread's CPU time, compared with the CPU time of the process.
@@ -55,22 +56,27 @@ class Account:
 
 
 def dispatch_cost(mode: StepMode) -> float:
-    """Seconds that one call costs more while ``mode`` is on the stack, measured here and now on a tiny tensor.
+    """Seconds that one call costs more while ``mode`` is on the stack.
 
-    The mode is pushed and pulled on the calling thread; no random number is drawn.
+    Measured here and now on a thread of its own, whose stack of modes is empty: no mode of the user's sees it.
     """
-    x = torch.zeros(1)
-    calls, times = mode.calls, []
-    for on in (False, True, False, True):
-        if on:
-            mode.push()
-        try:
+    found: list[float] = []
+
+    def measure() -> None:
+        x = torch.zeros(1)
+        calls = mode.calls
+        for on in (False, True, False, True):
+            if on:
+                mode.enter()
             begin = time.perf_counter()
             for _ in range(_CALLS):
                 x.add(0)
-            times.append(time.perf_counter() - begin)
-        finally:
+            found.append(time.perf_counter() - begin)
             if on:
-                mode.pull()
-    mode.calls = calls
-    return max(0.0, min(times[1::2]) - min(times[::2])) / _CALLS
+                mode.leave()
+        mode.calls = calls
+
+    thread = threading.Thread(target=measure, name="monitor-calibration")
+    thread.start()
+    thread.join()
+    return max(0.0, min(found[1::2]) - min(found[::2])) / _CALLS

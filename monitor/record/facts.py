@@ -106,9 +106,7 @@ def model_facts(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) ->
             for name, m in root.named_modules()
         ],
         "parameters": parameters,
-        "optimizers": [
-            {"class": type(o).__name__, "groups": [_plain(g) for g in o.param_groups]} for o in opts
-        ],
+        "optimizers": [{"class": type(o).__name__, "groups": [_plain(g) for g in o.param_groups]} for o in opts],
         "precision": {
             "autocast": torch.is_autocast_enabled(),
             "matmul": torch.get_float32_matmul_precision(),

@@ -164,7 +164,7 @@ class Flusher:
         self.writer.update(
             overhead=dict(self.overhead()),
             absent=[{"what": what, "why": why} for what, why in self.missing()],
-            drops={"rows": self.dropped_rows},
+            drops={"rows": self.dropped_rows} if self.dropped_rows else {},
             warnings=list(self._warnings),
         )
         self._saved = time.monotonic()

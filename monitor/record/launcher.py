@@ -119,5 +119,3 @@ def _status(error: BaseException | None) -> int:
         return error.code or 0
     print(error.code, file=sys.stderr)
     return 1
-
-

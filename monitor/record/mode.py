@@ -1,9 +1,9 @@
 """Seeing the calls of a training step (the loss, backward, clipping, unscaling) without changing one of them.
 
-A function mode is the only observer that sees ``from … import cross_entropy`` made before it, needs no patch, and leaves
-results alone; but while any mode is on the stack, `torch.nn.TransformerEncoder` leaves its fast path in evaluation
-and Dynamo recompiles what it enters. So the mode is on the stack only from a root module's training forward to the
-end of the optimizer step, and never inside a compiled region; `Recorder` decides when.
+A function mode is the only observer that sees ``from … import cross_entropy`` made before it, needs no patch, and
+leaves results alone; but while any mode is on the stack, `torch.nn.TransformerEncoder` leaves its fast path in
+evaluation and Dynamo recompiles what it enters. So the mode is on the stack only from a root module's training
+forward to the optimizer step, and never inside a compiled region; `Recorder` decides when.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.overrides import (
     _push_mode,
 )
 from torch.utils._device import DeviceContext
+
+from monitor.record.private import inside_functorch
 
 #: ``(args, kwargs, result)``; result is None when called before the function runs.
 Watcher = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
@@ -47,7 +49,7 @@ class StepMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         self.calls += 1
-        if func not in self.watched or torch._C._functorch.peek_interpreter_stack() is not None:
+        if func not in self.watched or inside_functorch():
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         watcher = self.before.get(func)
@@ -67,7 +69,7 @@ class StepMode(TorchFunctionMode):
         """True if this mode is on the calling thread's stack."""
         return any(m is self for m in _get_current_function_mode_stack())
 
-    def push(self) -> None:
+    def enter(self) -> None:
         """Put the mode at the bottom of the calling thread's stack (above a default-device context).
 
         At the bottom, a ``with`` block of the user's own mode that is open now still ends in its own order.
@@ -77,7 +79,7 @@ class StepMode(TorchFunctionMode):
         for m in (*stack[:at], self, *stack[at:]):
             _push_mode(m)
 
-    def pull(self) -> None:
+    def leave(self) -> None:
         """Take the mode off the calling thread's stack, wherever it stands in it."""
         for m in _take_stack():
             if m is not self:

@@ -6,6 +6,8 @@ fall out right. Whatever fails in here disables the site it failed in, is writte
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import random
 import threading
@@ -22,12 +24,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils._python_dispatch import _disable_current_modes
 
 from monitor.errors import MonitorWarning
 from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.mode import StepMode, Watcher
+from monitor.record.private import quiet
 from monitor.record.ring import ABSENT_INT, Ring
 from monitor.record.site import Site
 from monitor.record.sites.gradient import GradientSite
@@ -84,6 +86,7 @@ class Recorder:
         self._names: dict[int, str] = {}
         self._hooks: list[Any] = []
         self._entries: dict[int, bool] = {}
+        self._prefixes: dict[int, str] = {}
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._updates: dict[int, int] = {}
         self._mine: dict[int, bool] = {}
@@ -133,23 +136,22 @@ class Recorder:
             inner = set(map(id, root.modules()))
             self._roots = [r for r in self._roots if id(r) not in inner] + [root]
             self._names = parameter_names(self._roots)
-        self._enter_at(model)
-        if root is not model:
-            self._enter_at(root)
+        prefix = "" if root is self._roots[0] else f"model[{len(self._roots) - 1}]."
+        for m in dict.fromkeys((model, root)):
+            self._enter_at(m, prefix)
 
-    def _enter_at(self, module: nn.Module) -> None:
+    def _enter_at(self, module: nn.Module, prefix: str) -> None:
         """Hook the calls of ``module``, once. A layer that drops its fast path when it has hooks gets none."""
         if id(module) in self._entries or isinstance(module, nn.TransformerEncoderLayer):
             return
         self._entries[id(module)] = False
+        self._prefixes[id(module)] = prefix
         self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
         self._hooks.append(module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
 
     def prefix(self, module: nn.Module) -> str:
-        """What distinguishes the names of one root module from those of the others; empty for the first."""
-        root = unwrap(module)
-        at = next((i for i, r in enumerate(self._roots) if r is root), 0)
-        return "" if at == 0 else f"model[{at}]."
+        """What distinguishes the arguments of one hooked module from those of the others; empty for the first root."""
+        return self._prefixes.get(id(module), "")
 
     def parameter(self, p: Tensor) -> str:
         """Name of a parameter; one that belongs to no followed module is named by its place in an optimizer."""
@@ -224,9 +226,7 @@ class Recorder:
             self.flusher.take(block, self.step)
         self.flusher.layout(self._ring.layout)
 
-    def _merged(
-        self, reads: str, merge: Sequence[str], old: Tensor, new: Tensor, count: int, at: slice
-    ) -> Tensor:
+    def _merged(self, reads: str, merge: Sequence[str], old: Tensor, new: Tensor, count: int, at: slice) -> Tensor:
         masks = self._merges.get(reads)
         if masks is None:
             masks = self._merges[reads] = {
@@ -269,32 +269,37 @@ class Recorder:
     # ---- the step
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.active and self._follows(optimizer):
-            self.in_step = True
-            # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode;
-            # a closure runs forward and backward in there
-            if len(args) < 2 and not kwargs and self._here() and not self._always_on:
-                self._set(False)
+        if self.active and os.getpid() == self._pid:
+            self._guard(self._begin_step, optimizer, len(args) > 1 or bool(kwargs))
+
+    def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
+        if not self._follows(optimizer):
+            return
+        self.in_step = True
+        # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode; a closure runs
+        # forward and backward in there
+        if not closure and self._here() and not self._always_on:
+            self._set(False)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.active or os.getpid() != self._pid or not self._follows(optimizer):
+        if self.active and os.getpid() == self._pid:
+            self._guard(self._end_step, optimizer)
+
+    def _end_step(self, optimizer: Optimizer) -> None:
+        if not self._follows(optimizer):
             return
-        begin = time.perf_counter()
         self.in_step = False
-        try:
-            self._thread = threading.get_ident()
+        self._thread = threading.get_ident()
+        with quiet():
             self._register(optimizer)
-            if id(optimizer) in self._row:  # the cycle of several optimizers has begun again without us noticing its end
+            if id(optimizer) in self._row:  # the cycle of several optimizers has begun again
                 self._close_row()
             self._row.append(id(optimizer))
             self.stepped += 1
             self._at("on_step", optimizer)
             if self._expected <= frozenset(self._row):
                 self._close_row()
-            self._rearm()
-        except Exception as e:
-            self._fail("recorder", e)
-        self.spent += time.perf_counter() - begin
+        self._rearm()
 
     def _follows(self, optimizer: Optimizer) -> bool:
         known = self._mine.get(id(optimizer))
@@ -316,6 +321,8 @@ class Recorder:
     def _register(self, optimizer: Optimizer) -> None:
         self._updates[id(optimizer)] = self._updates.get(id(optimizer), 0) + 1
         signature = tuple(len(g["params"]) for o in self._optimizers if (x := o()) for g in x.param_groups)
+        if not self._optimizers:
+            self._expected = frozenset(self._alive())
         if all(o() is not optimizer for o in self._optimizers):
             self._optimizers.append(weakref.ref(optimizer))
         elif signature == self._signature:
@@ -324,44 +331,48 @@ class Recorder:
         self._signature = tuple(len(g["params"]) for x in alive for g in x.param_groups)
         self.flusher.facts(model_facts(self._roots, alive))
 
+    def _alive(self) -> Iterable[int]:
+        """Ids of the optimizers there are for what is followed: taken to make a step together, until they do not."""
+        for o in gc.get_objects():
+            if not issubclass(type(o), Optimizer) or isinstance(getattr(o, "optimizer", None), Optimizer):
+                continue  # a wrapper round another optimizer does not step by itself
+            if self._follows(o):
+                yield id(o)
+
     # ---- when the mode is on the stack
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if not self._here():
-            return
-        begin = time.perf_counter()
+        if not torch.compiler.is_compiling() and self._here():
+            self._guard(self._begin_forward, module, args, kwargs)
+
+    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
-        if self._depth == 1:
-            self._forwards += 1
-            grad = torch.is_grad_enabled()
-            self._was_on = self.mode.on_stack()
-            self.training = grad and (module.training or self._eval_trained)
-            wanted = self.training and module.training and not self._compiled(module)
-            self._set(wanted)
-            if self.training:
+        if self._depth > 1:
+            return
+        self._forwards += 1
+        self._was_on = self.mode.on_stack()
+        self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
+        self._set(self.training and module.training and not self._compiled(module))
+        if self.training:
+            with quiet():
                 self._at("on_forward", module, args, kwargs)
-        self.spent += time.perf_counter() - begin
 
     def forward_under_way(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """``module`` is being called, and its hooks were set too late for this call."""
         self._before_forward(module, args, {})
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if not self._here() or self._depth == 0:
-            return
+        if not torch.compiler.is_compiling() and self._here() and self._depth > 0:
+            self._guard(self._end_forward)
+
+    def _end_forward(self) -> None:
         self._depth -= 1
         if self._depth == 0:
-            begin = time.perf_counter()
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
             self._set(True if torch.is_grad_enabled() else self._was_on)
-            self.spent += time.perf_counter() - begin
 
     def _compiled(self, module: nn.Module) -> bool:
-        """True if a call of ``module`` enters a compiled region; looked up while the run is young, then now and then."""
+        """True if a call of ``module`` enters a compiled region; looked up at first, then now and then."""
         known = self._entries.get(id(module))
         if known is None or self.rows < 3 or self.rows % 100 == 0:
             known = self._entries[id(module)] = bool(compiled_regions(module))
@@ -373,9 +384,9 @@ class Recorder:
     def _set(self, on: bool) -> None:
         if on != self.mode.on_stack():
             if on:
-                self.mode.push()
+                self.mode.enter()
             else:
-                self.mode.pull()
+                self.mode.leave()
 
     def _rearm(self) -> None:
         """After a step: off the stack until the next training forward, if there are forwards we see."""
@@ -387,18 +398,14 @@ class Recorder:
 
     def _look_for_entries(self) -> None:
         """No root module was called in this step: the user calls a compiled wrapper or the children themselves."""
-        import gc
-
-        wrappers = [
-            m for m in gc.get_objects() if type(m).__name__ == "OptimizedModule" and unwrap(m) in self._roots
-        ]
+        wrappers = [m for m in gc.get_objects() if type(m).__name__ == "OptimizedModule" and unwrap(m) in self._roots]
         for m in wrappers:
-            self._enter_at(m)
+            self._enter_at(m, self.prefix(unwrap(m)))
         if wrappers or any(compiled_regions(r) for r in self._roots):
             return
         for root in self._roots:
-            for child in _called(root):
-                self._enter_at(child)
+            for name, child in _called(root):
+                self._enter_at(child, f"{self.prefix(root)}{name}.")
 
     def backward_begins(self) -> None:
         """A backward pass is about to run: after an unscaling it belongs to a new attempt at an update."""
@@ -409,8 +416,11 @@ class Recorder:
             self._eval_trained = True
 
     def _commit_pending(self, args: Any, kwargs: Any, result: Any) -> None:
-        self.backward_begins()
-        self._at("on_backward")
+        begin = time.perf_counter()
+        with quiet():
+            self.backward_begins()
+            self._at("on_backward")
+        self.spent += time.perf_counter() - begin
 
     def unscaled(self, inverse: Tensor) -> bool:
         """GradScaler has unscaled gradients; True if this is the first such call since a backward."""
@@ -424,10 +434,19 @@ class Recorder:
     def _guarded(self, site: Site, watcher: Watcher) -> Watcher:
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             begin = time.perf_counter()
-            self._tell(site, watcher, args, kwargs, result)
+            with quiet():
+                self._tell(site, watcher, args, kwargs, result)
             self.spent += time.perf_counter() - begin
 
         return call
+
+    def _guard(self, what: Callable[..., None], *args: Any) -> None:
+        begin = time.perf_counter()
+        try:
+            what(*args)
+        except Exception as e:
+            self._fail("recorder", e)
+        self.spent += time.perf_counter() - begin
 
     def _at(self, moment: str, *args: Any) -> None:
         for site in self._on[moment]:
@@ -437,12 +456,7 @@ class Recorder:
         if site.name in self._broken:
             return
         try:
-            with torch.no_grad(), torch._C.DisableTorchFunction():
-                if torch._C._len_torch_dispatch_stack() > 0:
-                    with _disable_current_modes():
-                        what(*args)
-                else:
-                    what(*args)
+            what(*args)
         except Exception as e:
             self._fail(site.name, e)
 
@@ -450,12 +464,12 @@ class Recorder:
         self._broken.add(name)
         if name == "recorder":
             self.active = False
+            if self.mode.on_stack() and not self.mode.inside:
+                self.mode.leave()
         said = f"{name} is no longer recorded from step {self.step} on: {type(error).__name__}: {error}"
         self.flusher.warn(said)
-        try:
+        with contextlib.suppress(MonitorWarning):  # a user who turns warnings into errors still finds it in the run
             warnings.warn(f"monitor: {said} (training is not affected)", MonitorWarning, stacklevel=3)
-        except MonitorWarning:
-            pass  # the user turns warnings into errors; it stands in the run
 
     # ---- the end
 
@@ -479,17 +493,18 @@ class Recorder:
         _LIVE.discard(self)
         if os.getpid() != self._pid:
             return
-        if self._row or any(site.waiting() for site in self.sites):
-            self._close_row()
         if self.mode.on_stack():
-            self.mode.pull()
-        self._hand_on(wait=True)
+            self.mode.leave()
+        with quiet():
+            if self._row or any(site.waiting() for site in self.sites):
+                self._close_row()
+            self._hand_on(wait=True)
 
     def forked(self) -> None:
         """In a forked child: record nothing, leave no mode behind."""
         self.active = False
         if self.mode.on_stack():
-            self.mode.pull()
+            self.mode.leave()
 
 
 _IN_FORWARD = {"loss", "logit_norm", "loss_zero_frac"}
@@ -522,13 +537,13 @@ def _device(models: Sequence[nn.Module]) -> torch.device:
     return torch.device("cpu")
 
 
-def _called(module: nn.Module) -> Iterable[nn.Module]:
-    """Children that have a forward of their own; containers are looked into."""
-    for child in module.children():
+def _called(module: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
+    """Children that have a forward of their own, with their names; containers are looked into."""
+    for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _called(child)
+            yield from _called(child, f"{prefix}{name}.")
         else:
-            yield child
+            yield prefix + name, child
 
 
 def find_models(optimizer: Optimizer) -> list[nn.Module]:
@@ -540,8 +555,6 @@ def find_models(optimizer: Optimizer) -> list[nn.Module]:
     Returns:
         Usually one module; several if no single module holds all parameters; empty if they belong to none.
     """
-    import gc
-
     wanted = {id(p) for g in optimizer.param_groups for p in g["params"]}
     # most of what is alive is no module, and isinstance runs code of lazy proxies: look at the type alone
     modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]

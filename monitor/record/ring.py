@@ -1,7 +1,7 @@
 """The rows being recorded: a small float32 buffer on the training device, one row per step, no synchronisation.
 
-Sites `emit` vectors of statistics into the open row; `commit` closes it. On the CPU a closed row can be read at once. On
-an accelerator rows leave in one non-blocking copy every `COPY_EVERY` steps into pinned memory, and are read once the
+Sites `emit` vectors of statistics into the open row; `commit` closes it. On the CPU a closed row can be read at once.
+On an accelerator rows leave in one non-blocking copy every `COPY_EVERY` steps into pinned memory, and are read once the
 copy's event has passed; these are the steps in flight that a kill can cost.
 """
 

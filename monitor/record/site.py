@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Site:
-    """Base of all sites. Each method is called inside the recorder's guard: it may raise, training goes on without it.
+    """Base of all sites. Each method is called inside the recorder's guard: if it raises, training goes on without it.
 
-    A method runs with gradients, function modes and dispatch modes off. It must not keep a tensor of the training beyond
-    the step, draw random numbers, write to anything of the user's or wait for the device.
+    A method runs with gradients, function modes and dispatch modes off. It must not keep a tensor of the training
+    beyond the step, draw random numbers, write to anything of the user's or wait for the device.
     """
 
     name = ""

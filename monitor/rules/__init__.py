@@ -1,0 +1,1 @@
+"""One file per rule; see `monitor.rule` for what a rule is."""

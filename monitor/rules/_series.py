@@ -1,7 +1,8 @@
-"""What several rules need: a point that stands out from the points before it, and another column at the same steps."""
+"""What several rules need: another column at the same steps, points that stand out, and how much rows still teach."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,12 @@ import numpy.typing as npt
 
 from monitor.metric import Array, Block, Mask
 from monitor.robust import baseline
+from monitor.rule import Window
 
 Steps = npt.NDArray[np.int64]
 
-#: An excess must be this many times the third largest in the window: so smooth ripples and heavy tails, whose extremes
-#: come in company, do not stand out, and up to two earlier outliers in the window hide nothing.
-RECORD = 2.0
+#: What "calibrated" means in the parameters of rules: the trainings and seeds of tests/fixtures/record_series.py.
+CALIBRATION = "calibrated on 13 kinds of healthy training: 1 false alarm in 100,800 steps"
 
 
 def latest(block: Block, steps: Steps, modules: tuple[str, ...]) -> tuple[Array, Mask]:
@@ -62,7 +63,7 @@ class Spikes:
         mask: True where the point stands out.
         known: True where there were enough points before it to judge.
         count: int64, usable points in the window.
-        median: of the window; NaN where the point is not even larger than the third largest of it.
+        median: of the window; NaN where the point is not even larger than most of it.
         z: robust standard deviations above the median; NaN likewise, inf where the window has no spread at all.
     """
 
@@ -73,30 +74,31 @@ class Spikes:
     z: Array
 
 
-def spikes(x: Array, usable: Mask, start: int, *, window: int, minimum: int, sigmas: float, floor: float = 0.0) -> Spikes:
-    """Points that rise far above the ``window`` rows before them.
+def spikes(x: Array, usable: Mask, start: int, p: Mapping[str, float], floor: float = 0.0) -> Spikes:
+    """Points that rise far above the points before them.
 
-    A point stands out if it exceeds the median of its window by ``sigmas`` robust standard deviations, by ``floor``, and
-    by `RECORD` times what the third largest point of the window exceeds it by.
+    A point stands out if it exceeds the median of its window by ``sigmas`` robust standard deviations, by ``floor``,
+    and by ``record`` times what the ``company``-th largest point of the window exceeds it by. The last keeps smooth
+    ripples and heavy tails, whose extremes come in company, from standing out.
 
     Args:
         x: ``(step, module)`` float64; take the logarithm first if only the ratio matters.
         usable: ``(step, module)`` bool, the points that count; non-finite ones never do.
         start: the first row to judge; earlier ones are context.
-        window: rows looked back at, not counting the row itself.
-        minimum: usable points without which nothing is judged.
-        sigmas: least excess, in robust standard deviations.
+        p: ``window`` (rows looked back at, not counting the row itself), ``minimum`` (usable points without which
+            nothing is judged), ``sigmas``, ``record`` and ``company`` (1, 2 or 3).
         floor: least excess, in units of ``x``.
 
-    Cost: a few maxima per point; a sort of ``window`` values for each point larger than most of its window.
+    Cost: a few maxima per point; two sorts of a window for each point larger than most of its window.
     """
+    window, company = int(p["window"]), int(p["company"])
     n, modules = len(x) - start, x.shape[1]
     usable = usable & np.isfinite(x)
     seen = np.zeros((len(x) + 1, modules), dtype=np.int64)
     np.cumsum(usable, axis=0, out=seen[1:])
     rows = np.arange(start, len(x))
     count = seen[rows] - seen[np.maximum(rows - window, 0)]
-    known = usable[start:] & (count >= minimum)
+    known = usable[start:] & (count >= p["minimum"])
     found = Spikes(np.zeros_like(known), known, count, np.full(known.shape, np.nan), np.full(known.shape, np.nan))
 
     context = min(start, window)
@@ -111,16 +113,26 @@ def spikes(x: Array, usable: Mask, start: int, *, window: int, minimum: int, sig
     if not len(row):
         return found
     windows = y[row[:, None] + np.arange(window), module[:, None]]
-    value, company = y[row + window, module], np.partition(windows, -3, axis=1)[:, -3]
-    row, module, windows, value, company = (a[value > company] for a in (row, module, windows, value, company))
+    value, largest = y[row + window, module], np.partition(windows, -company, axis=1)[:, -company]
+    larger = value > largest
+    row, module, windows, value, largest = row[larger], module[larger], windows[larger], value[larger], largest[larger]
     # the point stands after its window, and only its baseline is wanted
     series = np.concatenate([windows, value[:, None]], axis=1).T
-    base = baseline(series, np.isfinite(series), first=window, window=window, minimum=minimum)
+    base = baseline(series, np.isfinite(series), first=window, window=window, minimum=1)
     median, scale = base.median[-1], base.scale[-1]
     excess = value - median
     found.mask[row, module] = (
-        (excess >= floor) & (excess >= sigmas * scale) & (excess > RECORD * (company - median))
+        (excess >= floor) & (excess >= p["sigmas"] * scale) & (excess > p["record"] * (largest - median))
     )
     found.median[row, module] = median
     found.z[row, module] = np.where(scale > 0, excess / scale, np.inf)
     return found
+
+
+def teaching(window: Window, steps: Steps, modules: tuple[str, ...]) -> Array:
+    """What the rows still teach: (1 − accuracy) + (1 − mean largest probability), ``(step, module)``.
+
+    Absent parts count 0, so that a loss on soft targets, which has no accuracy, is judged by its probabilities.
+    """
+    parts = (latest(window[f"train_accuracy.{c}"], steps, modules)[0] for c in ("accuracy", "top1_mass"))
+    return sum((np.nan_to_num(1 - part) for part in parts), start=np.zeros((len(steps), len(modules))))

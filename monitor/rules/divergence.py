@@ -1,22 +1,22 @@
 """The loss rose far above its best level and stayed there.
 
 What it means:
-    Training has lost what it had learned: not one bad batch, but twenty points in a row. It may come back, as it does after a
-    learning rate that was too high for a while, but what came before is gone.
+    Training has lost what it had learned: not one bad batch, but twenty points in a row. It may come back, as it does
+    after a learning rate that was too high for a while, but what came before is gone.
 
 How it is decided:
     The level of a point is the median of the last 20 losses. Where a classification loss was seen and there is one
-    optimizer, the level must exceed the lowest level of the last 1,000 points by one nat and by half of it. For
-    other losses, whose unit is unknown and which may rise in health (adversarial, reinforcement), it must be 10
-    times the median size of the last 1,000 losses and above 95 % of them. Either for 10 points.
+    optimizer, the level must exceed the lowest level of the last 1,000 points by one nat and by half of it. For other
+    losses, whose unit is unknown and which may rise in health (adversarial, reinforcement), it must be 10 times the
+    median size of the last 1,000 losses and above 95 % of them. Either for 10 points.
 
 What to do:
     Return to a checkpoint from before the first step and look at what stands before it in the same incident. Then a
     lower learning rate, a longer warm-up, gradient clipping, or a larger Adam epsilon.
 
 When it is wrong:
-    A change of data or of the loss on purpose moves the level for good reason. A rise that is slow or small is not found:
-    over-fitting does not show in the training loss. After 1,000 points at the new level, that is the level.
+    A change of data or of the loss on purpose moves the level for good reason. A rise that is slow or small is not
+    found: over-fitting does not show in the training loss. After 1,000 points at the new level, that is the level.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ import numpy as np
 from monitor.metric import Array, Mask
 from monitor.robust import baseline
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import latest, rolling_max
-
-CALIBRATION = "calibrated on 17 healthy trainings"
+from monitor.rules._series import CALIBRATION, latest, rolling_max
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -56,10 +54,13 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         higher = np.maximum(best + p["nats"], best * p["part"])
         limit, reference = np.where(classifies, higher, limit), np.where(classifies, best, reference)
     for row, i in np.argwhere(likely & ~classifies):
-        rows = slice(max(start + row - int(p["window"]), 0), start + row)
-        usual = np.abs(loss[rows, i][has[rows, i]])
-        reference[row, i] = np.median(usual)
-        limit[row, i] = max(p["times"] * reference[row, i], np.quantile(usual, p["above"]))
+        before = start + row + 1 - int(p["level"])
+        rows = slice(max(before - int(p["window"]), 0), max(before, 0))
+        usual = np.sort(np.abs(loss[rows, i][has[rows, i]]))
+        if len(usual) < p["level"] / 2:
+            continue
+        reference[row, i] = usual[len(usual) // 2]
+        limit[row, i] = max(p["times"] * reference[row, i], usual[int(p["above"] * len(usual))])
     evidence = {"reference": reference}
     if accurate.shape[1] and len(modules) == 1:
         evidence["accuracy"] = accurate
@@ -107,5 +108,5 @@ RULE = Rule(
     check=check,
     lookback=1020,
     hold=10,
-    doc=__doc__,
+    doc=__doc__ or "",
 )

@@ -1,25 +1,26 @@
 """The gradient of a parameter jumped, as a whole or in a few elements.
 
 What it means:
-    One step's gradient was many times its usual size. Adam divides by a second moment that has not seen such a gradient,
-    so the step is too large now, and afterwards the lifted second moment keeps steps too small for thousands of steps:
-    a spike of 1000 times the usual size needs about 6,900 steps to be forgotten at beta2 = 0.999.
+    One step's gradient was many times its usual size. Adam divides by a second moment that has not seen such a
+    gradient, so the step is too large now, and afterwards the lifted second moment keeps steps too small for
+    thousands of steps: a spike of 1000 times the usual size needs about 6,900 steps to be forgotten at beta2 = 0.999.
 
 How it is decided:
-    Norm: 5 times the median of the 100 points before it, and on the logarithmic scale 6 robust standard deviations above
-    it and twice as far as the third largest of them. Elements: the largest g² is 5000 times the (bias-corrected) second
-    moment before the step, and that one element holds half of the tensor's energy. The first 20 points of a parameter
-    are not judged. Every parameter is judged by itself; the head of the incident is the first in order of execution.
+    Norm: 5 times the median of the 100 points before it, and on the logarithmic scale 6 robust standard deviations
+    above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times the
+    (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy. The first
+    20 points of a parameter are not judged. Every parameter is judged by itself; the head of the incident is the
+    first in order of execution.
 
 What to do:
-    If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If not, look
-    at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike.
+    If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If not,
+    look at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike.
 
 When it is wrong:
-    The gradient seen is the one that the optimizer saw: after clipping, a spike may be flat in norm and show in the clip
-    coefficient only. Rows of an embedding that are rarely met have almost no second moment, so their elements exceed 5000
-    in healthy trainings; that is why an element must also hold half of the energy. A spike is missed if three larger ones
-    stand in the 100 points before it.
+    The gradient seen is the one that the optimizer saw: after clipping, a spike may be flat in norm and show in the
+    clip coefficient only. Rows of an embedding that are rarely met have almost no second moment, so their elements
+    exceed 5000 in healthy trainings; that is why an element must also hold half of the energy. A spike is missed if
+    three larger ones stand in the 100 points before it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import latest, spikes
+from monitor.rules._series import CALIBRATION, latest, spikes
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -38,30 +39,24 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     start = int(np.searchsorted(block.steps, window.first))
     steps, modules = block.steps[start:], block.modules
     norm = block["grad_norm.norm"]
-    found = spikes(
-        np.log(norm),
-        block.has("grad_norm.norm") & (norm > 0),
-        start,
-        window=int(p["window"]),
-        minimum=int(p["minimum"]),
-        sigmas=p["sigmas"],
-        floor=float(np.log(p["times"])),
-    )
+    usable = block.has("grad_norm.norm") & (norm > 0)
+    found = spikes(np.log(norm), usable, start, p, floor=float(np.log(p["times"])))
     norm = norm[start:]
     ratio, _ = latest(window["spam_spike.ratio"], steps, modules)
-    elements = found.known & (ratio > p["element"])
+    element = np.sqrt(ratio)
+    elements = found.known & (element > p["element"])
     evidence = {"norm": norm}
     if elements.any() or found.mask.any():
         share = (latest(window["grad_norm.max_abs"], steps, modules)[0] / norm) ** 2
         elements &= share >= p["energy"]
-        evidence |= {"median": np.exp(found.median), "z": found.z, "element_ratio": ratio, "element_energy": share}
+        evidence |= {"median": np.exp(found.median), "z": found.z, "element": element, "element_energy": share}
     yield Hits(
         steps,
         modules,
         found.mask | elements,
         found.known,
-        np.where(found.mask, norm / np.exp(found.median), np.sqrt(ratio)),
-        np.where(found.mask, p["times"], np.sqrt(p["element"])),
+        np.where(found.mask, norm / np.exp(found.median), element),
+        np.where(found.mask, p["times"], p["element"]),
         evidence,
     )
 
@@ -79,15 +74,22 @@ RULE = Rule(
         Remedy("after a spike of 100 times and more, reset the optimizer's moments and warm up again"),
     ),
     params=(
-        Param("times", 5, "times the median", "Stable-SPAM (Huang et al. 2025) norm ratio; 0 false alarms in calibration"),
-        Param("sigmas", 6, "robust σ of the logarithm", "co_spike rule: z > 6 over 100 past points"),
-        Param("window", 100, "points", "co_spike rule"),
-        Param("minimum", 20, "points", "SPAM (Huang et al. 2025): inactive in the first 20 steps"),
-        Param("element", 5000, "g²/v", "SPAM (Huang et al. 2025), Θ = 5000"),
+        Param("times", 5, "times the median", "Stable-SPAM (arXiv 2502.17055), norm ratio; none in calibration"),
+        Param(
+            "sigmas",
+            6,
+            "robust σ of the logarithm",
+            "OLMo-core's spike detector (mean + 6 σ over 128 points), with median and MAD",
+        ),
+        Param("window", 100, "points", "as loss_z and grad_norm_z"),
+        Param("minimum", 20, "points", "SPAM (arXiv 2501.06842): inactive in the first 20 steps"),
+        Param("record", 2, "times the excess", CALIBRATION),
+        Param("company", 3, "rank", "own choice: two earlier spikes in the window hide nothing"),
+        Param("element", 5000**0.5, "times the root of the second moment", "SPAM (arXiv 2501.06842), √Θ with Θ = 5000"),
         Param("energy", 0.5, "fraction", "spikes' share of the tensor's energy; 0 false alarms in calibration"),
     ),
     needs=("grad_norm.norm", "grad_norm.max_abs", "spam_spike.ratio"),
     check=check,
     lookback=100,
-    doc=__doc__,
+    doc=__doc__ or "",
 )

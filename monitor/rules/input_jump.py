@@ -2,19 +2,20 @@
 
 What it means:
     A batch was many times larger than the batches before it: a missing normalisation, a corrupt shard, other units, a
-    different data source. Everything that follows in the step (loss, gradients, update) is then about the wrong thing.
+    different data source. Everything that follows in the step (loss, gradients, update) is then about the wrong
+    thing.
 
 How it is decided:
     The root mean square of each floating-point input is compared with the 100 batches before it on the logarithmic
-    scale: it must be 8 times their median, 6 robust standard deviations above it, and twice as far above it as the third
-    largest of them. So inputs of naturally wild scale, such as noise levels, do not fire.
+    scale: it must be 8 times their median, 6 robust standard deviations above it, and three times as far above it as
+    the second largest of them. So inputs of naturally wild scale, such as noise levels, do not fire.
 
 What to do:
     Look at the batch of that step: its files, its normalisation, its units. Then decide whether to train on it.
 
 When it is wrong:
-    A change of data on purpose is one jump at the change. Batches that are too small or all zero are not looked for, and
-    integer inputs (tokens) have no scale.
+    A change of data on purpose is one jump at the change. Batches that are too small or all zero are not looked for,
+    and integer inputs (tokens) have no scale.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import spikes
+from monitor.rules._series import CALIBRATION, spikes
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -32,15 +33,8 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     block = window["input_rms.rms"]
     start = int(np.searchsorted(block.steps, window.first))
     rms = block["input_rms.rms"]
-    found = spikes(
-        np.log(rms),
-        block.has("input_rms.rms") & (rms > 0),
-        start,
-        window=int(p["window"]),
-        minimum=int(p["minimum"]),
-        sigmas=p["sigmas"],
-        floor=float(np.log(p["times"])),
-    )
+    usable = block.has("input_rms.rms") & (rms > 0)
+    found = spikes(np.log(rms), usable, start, p, floor=float(np.log(p["times"])))
     median = np.exp(found.median)
     evidence = {"rms": rms[start:], "median": median, "z": found.z}
     yield Hits(block.steps[start:], block.modules, found.mask, found.known, rms[start:] / median, p["times"], evidence)
@@ -59,12 +53,14 @@ RULE = Rule(
     ),
     params=(
         Param("times", 8, "times the median", "own choice: 8 bits instead of 5, ×10 and ×255 mistakes all exceed it"),
-        Param("sigmas", 6, "robust σ of the logarithm", "as for loss and gradient spikes; 0 false alarms in calibration"),
-        Param("window", 100, "points", "as for loss and gradient spikes"),
-        Param("minimum", 20, "points", "as for loss and gradient spikes"),
+        Param("sigmas", 6, "robust σ of the logarithm", "as for spikes; 0 false alarms in calibration"),
+        Param("window", 100, "points", "as for spikes"),
+        Param("minimum", 20, "points", "as for spikes"),
+        Param("record", 3, "times the excess", CALIBRATION),
+        Param("company", 2, "rank", "own choice: one earlier jump in the window hides nothing"),
     ),
     needs=("input_rms.rms",),
     check=check,
     lookback=100,
-    doc=__doc__,
+    doc=__doc__ or "",
 )

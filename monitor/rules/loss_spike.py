@@ -5,18 +5,19 @@ What it means:
     that some batch or some update was unlike the others, and in large models spikes are how divergence begins.
 
 How it is decided:
-    A point is compared with the 100 points before it, never with itself. It must exceed their median by 6 robust standard
-    deviations (1.4826 · MAD) on the linear scale and, where all losses are positive, on the logarithmic one too; by twice
-    what the third largest of them exceeds it by; by a tenth of the median; and, where a classification loss was seen, by
-    a tenth of a nat. So noise, heavy tails of small batches, smooth ripples and wiggles at 1e-8 are no spikes.
+    A loss is compared with the 100 points before it, never with itself. It must exceed their median by 6 robust
+    standard deviations (1.4826 · MAD), on the linear scale and, where all are positive, on the logarithmic one; by
+    three times what the largest of them exceeds it by; by a tenth of the median; and, where a classification loss was
+    seen, by a tenth of a nat. So noise, heavy tails of small batches, smooth ripples and wiggles at 1e-8 are no
+    spikes.
 
 What to do:
     See what else happened in the same incident: an input jump names the batch, a gradient spike names the tensor. If
     nothing did, look at the batch, then at the learning rate.
 
 When it is wrong:
-    A change of the data or of the loss on purpose (a curriculum, a term switched on) is one spike at the switch. A spike
-    is missed if the loss was still falling steeply, or if three larger ones stand in the 100 points before it.
+    A change of the data or of the loss on purpose (a curriculum, a term switched on) is one spike at the switch. A
+    spike is missed if the loss was still falling steeply, or if a third of it stands in the 100 points before it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import latest, spikes
-
-CALIBRATION = "calibrated on 17 healthy trainings"
+from monitor.rules._series import CALIBRATION, latest, spikes
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -36,26 +35,18 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     block = window["loss.value"]
     loss, has = block["loss.value"], block.has("loss.value")
     start = int(np.searchsorted(block.steps, window.first))
-    how = {"window": int(p["window"]), "minimum": int(p["minimum"]), "sigmas": p["sigmas"]}
-    linear = spikes(loss, has, start, **how)
-    mask = linear.mask
+    found = spikes(loss, has, start, p)
+    mask = found.mask
     if mask.any():
-        logarithmic = spikes(np.log(loss), has & (loss > 0), start, **how)
-        mask = mask & (logarithmic.mask | (logarithmic.count < linear.count))
-        excess = loss[start:] - linear.median
-        mask &= excess >= p["rise"] * np.abs(linear.median)
+        logarithms = spikes(np.log(loss), has & (loss > 0), start, p)
+        mask = mask & ((logarithms.z >= p["sigmas"]) | (logarithms.count < found.count))
+        excess = loss[start:] - found.median
+        mask &= excess >= p["rise"] * np.abs(found.median)
         accuracy = window["train_accuracy.accuracy"]
         classifies = latest(accuracy, block.steps[start:], accuracy.modules)[1].any(axis=1, keepdims=True)
         mask &= (excess >= p["nats"]) | ~classifies
-    yield Hits(
-        block.steps[start:],
-        block.modules,
-        mask,
-        linear.known,
-        linear.z,
-        p["sigmas"],
-        {"loss": loss[start:], "median": linear.median},
-    )
+    evidence = {"loss": loss[start:], "median": found.median}
+    yield Hits(block.steps[start:], block.modules, mask, found.known, found.z, p["sigmas"], evidence)
 
 
 RULE = Rule(
@@ -71,14 +62,16 @@ RULE = Rule(
         Remedy("lower Adam's beta2, so that one large gradient is forgotten sooner"),
     ),
     params=(
-        Param("sigmas", 6, "robust σ", "co_spike rule: z > 6 over 100 past points"),
-        Param("window", 100, "points", "co_spike rule"),
-        Param("minimum", 20, "points", "SPAM (Huang et al. 2025): no decision in the first 20 steps"),
+        Param("sigmas", 6, "robust σ", "OLMo-core's spike detector (mean + 6 σ over 128 points), with median and MAD"),
+        Param("window", 100, "points", "as loss_z and grad_norm_z"),
+        Param("minimum", 20, "points", "SPAM (arXiv 2501.06842): no decision in the first 20 steps"),
+        Param("record", 3, "times the largest excess", CALIBRATION),
+        Param("company", 1, "rank", "the largest of the window"),
         Param("rise", 0.1, "fraction of the median", "own choice: less is seen in no curve"),
         Param("nats", 0.1, "nats", CALIBRATION),
     ),
     needs=("loss.value", "train_accuracy.accuracy"),
     check=check,
     lookback=100,
-    doc=__doc__,
+    doc=__doc__ or "",
 )

@@ -1,25 +1,26 @@
 """NaN or infinity, and where it was born.
 
 What it means:
-    A number that is not finite was read at some site of the step. From there it spreads to everything computed after it,
-    within one or two steps to every parameter, and training cannot recover by itself. So the place where it was seen
-    first matters, not the hundred places where it is seen afterwards.
+    A number that is not finite was read at some site of the step. From there it spreads to everything computed after
+    it, within one or two steps to every parameter, and training cannot recover by itself. So the place where it was
+    seen first matters, not the hundred places where it is seen afterwards.
 
 How it is decided:
     One non-finite value is enough: in an input, a logit, a loss, a gradient, an update or a parameter. Findings are
     ordered by step, then by site in the order in which a step reaches them, then by module; for gradients the *last*
-    module in order of execution comes first, because the backward pass begins at the end of the model. Infinite logits
-    count only if a loss of the same step is not finite either: a logit of −inf is how a script masks a class.
+    module in order of execution comes first, because the backward pass begins at the end of the model. Infinite
+    logits count only if a loss of the same step is not finite either: a logit of −inf is how a script masks a class.
 
 What to do:
     Look at the head of the incident. An input: the batch. A logit or loss with finite inputs: overflow in the forward
-    pass, log(0), 0/0. A gradient with a finite loss: the derivative of a norm, a square root or a division at 0 in the
-    module named or just after it. An update or a parameter with finite gradients: the optimizer's state or its epsilon.
+    pass, log(0), 0/0. A gradient with a finite loss: the derivative of a norm, a square root or a division at 0 in
+    the module named or just after it. An update or a parameter with finite gradients: the optimizer's state or its
+    epsilon.
 
 When it is wrong:
-    Mixed precision with a dynamic loss scale meets infinite gradients on purpose and skips the step. Such a step makes
-    no row with most optimizers; with fused ones it may, and then one isolated finding in the gradients, with finite
-    parameters afterwards, is the loss scale doing its work.
+    Mixed precision with a dynamic loss scale meets infinite gradients on purpose and skips the step. Such a step
+    makes no row with most optimizers; with fused ones it may, and then one isolated finding in the gradients, with
+    finite parameters afterwards, is the loss scale doing its work.
 """
 
 from __future__ import annotations
@@ -57,24 +58,24 @@ def _loss_broken(window: Window, steps: np.ndarray) -> Mask:
     """``(step, 1)`` bool: some loss recorded at that step, or the last one before it, is not finite."""
     loss = window["loss.value"]
     value, has = latest(loss, steps, loss.modules)
-    return (has & ~np.isfinite(value)).any(axis=1, keepdims=True)
+    return np.any(has & ~np.isfinite(value), axis=1, keepdims=True)
 
 
 RULE = Rule(
     id="nonfinite",
     title="Non-finite value",
     severity="critical",
-    site="loss",
+    site="input",
     message="{module} holds NaN or infinity from step {step} on.",
     refute="the head lies in the gradients, stands alone, and the parameters stay finite: a loss scale at work",
     remedies=(
-        Remedy("look at what was read at the site and module of the head, in its first step: everything later is a consequence"),
+        Remedy("look at the site, module and step of the head: everything later is a consequence"),
         Remedy("run that step again under torch.autograd.set_detect_anomaly(True)"),
-        Remedy("resume from before the first step; skip the batch, lower the learning rate, or compute the loss in float32"),
+        Remedy("resume from before the first step; skip the batch, lower the learning rate or use float32 there"),
     ),
     params=(Param("entries", 0, "count", "definition: one non-finite entry is one too many"),),
     needs=(*_VALUES, *_COUNTS),
     check=check,
     lookback=1,
-    doc=__doc__,
+    doc=__doc__ or "",
 )

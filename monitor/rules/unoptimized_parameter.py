@@ -1,20 +1,20 @@
 """A trainable parameter is in no optimizer.
 
 What it means:
-    The parameter asks for gradients, so every backward pass computes them, but no optimizer ever changes it. Either it was
-    forgotten, and part of the model stays at its random start; or it was meant to be frozen, and its gradient is
-    computed in vain.
+    The parameter asks for gradients, so every backward pass computes them, but no optimizer ever changes it. Either
+    it was forgotten, and part of the model stays at its random start; or it was meant to be frozen, and its gradient
+    is computed in vain.
 
 How it is decided:
-    From the wiring of the run, without any series: the parameter requires a gradient, and neither it nor a parameter tied
-    to it belongs to a group of an optimizer that has stepped.
+    From the wiring of the run, without any series: the parameter requires a gradient, and neither it nor a parameter
+    tied to it belongs to a group of an optimizer that has stepped.
 
 What to do:
     Pass it to the optimizer, or freeze it with requires_grad_(False).
 
 When it is wrong:
-    A parameter that some other code updates by hand (a moving average, a codebook) is trainable only in name. An optimizer
-    that has not stepped yet is not known yet.
+    A parameter that some other code updates by hand (a moving average, a codebook) is trainable only in name. An
+    optimizer that has not stepped yet is not known yet.
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ RULE = Rule(
     ),
     params=(Param("elements", 0, "elements", "definition: one forgotten element is one too many"),),
     audit=audit,
-    doc=__doc__,
+    doc=__doc__ or "",
 )

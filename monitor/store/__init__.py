@@ -1,0 +1,1 @@
+"""Run folders: written while a training runs, read by everything else."""

@@ -1,16 +1,16 @@
 """Names of files in a run folder, and what may be in run.json. The only place that knows either.
 
-    run.json                                status, versions, facts, column and series dictionaries, drops, overhead, warnings
-    rank0/tail/<attempt>-<step>.tail        crash-safe rows not yet in a part; framed, check-summed; stop at the first bad frame
-    rank0/live/<attempt>-<first>-<last>.parquet      young parts, replaced by a larger one
-    rank0/series/<attempt>-<first>-<last>.parquet    large parts, never replaced: a plain glob of them counts nothing twice
+    run.json                            status, versions, facts, columns, series, drops, overhead, warnings
+    rank0/tail/<attempt>-<step>.tail    crash-safe rows not yet in a part; framed, check-summed
+    rank0/live/<attempt>-<first>-<last>.parquet      young parts, replaced by larger ones
+    rank0/series/<attempt>-<first>-<last>.parquet    large parts, never replaced: a glob of them counts nothing twice
     rank0/summary/<attempt>-<first>-<last>.parquet   per series of the large part of the same name
-    rank0/findings.parquet                  stored findings, with the hash of the rule set and the state of the engine
+    rank0/findings.parquet              stored findings, with the hash of the rule set and the state of the engine
     rank0/tables/<name>-<attempt>-<step>.parquet     vectors: spectra, per-sample scores, pathways
 
-Values travel tail → live → series, and each is there before it leaves the place before: whoever lists the folders in that
-order misses none. Names of metrics and modules are data and never become names of files. A name ending in ``.tmp`` is a
-file that is still being written, or was when its process died.
+Values travel tail → live → series, and are in the next place before they leave the last: whoever lists the folders in
+that order misses none. Names of metrics and modules are data and never become names of files. A name ending in ``.tmp``
+is a file that is still being written, or was when its process died.
 """
 
 from __future__ import annotations
@@ -89,10 +89,11 @@ def now() -> str:
 def new_info(script: str, process: dict[str, Any]) -> dict[str, Any]:
     """The run.json of a run that begins now, without an attempt yet.
 
-    Keys: ``schema`` · ``status`` (running, finished, failed, interrupted, detached; died once resumed) · ``script`` ·
-    ``created`` and ``ended`` (ISO 8601) · ``process`` that writes (host, pid, started) · ``attempts`` · ``versions`` ·
-    ``facts`` · ``columns`` (``metric.column`` -> unit, source, …) · ``drops`` · ``overhead`` · ``warnings`` · ``series``
-    (place in the list = id in the parts; metric, column, module).
+    Keys: ``schema`` · ``status`` (running, finished, failed, interrupted, detached; an attempt that was resumed after
+    its process vanished: died) · ``script`` · ``created`` and ``ended`` (ISO 8601) · ``process`` that writes (host,
+    pid, started) · ``attempts`` · ``versions`` · ``facts`` · ``columns`` (``metric.column`` -> unit, source, …) ·
+    ``drops`` (what -> how much) · ``overhead`` · ``absent`` (what could not be recorded, and why) · ``warnings`` ·
+    ``series`` (place in the list = id in the parts; metric, column, module).
     """
     return {
         "schema": SCHEMA,
@@ -107,6 +108,7 @@ def new_info(script: str, process: dict[str, Any]) -> dict[str, Any]:
         "columns": {},
         "drops": {},
         "overhead": {},
+        "absent": [],
         "warnings": [],
         "series": [],
     }
@@ -128,6 +130,7 @@ _SHAPE: dict[str, Any] = {
     "columns": {},
     "drops": {},
     "overhead": {},
+    "absent": [{"what": str, "why": str}],
     "warnings": [str],
     "series": [(str, str, str)],
 }
@@ -136,10 +139,10 @@ _SHAPE: dict[str, Any] = {
 def _fault(value: Any, shape: Any, where: str) -> str | None:
     """What is wrong with ``value``, in words, or None."""
     kind: Any = type(shape) if isinstance(shape, dict | list) else list if isinstance(shape, tuple) else shape
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = getattr(kind, "__name__", str(kind))
-        return f"{where} is {type(value).__name__}, expected {expected}"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    received = type(value)
+    if not issubclass(received, kind) or received is bool:
+        return f"{where} is {received.__name__}, expected {getattr(kind, '__name__', kind)}"
+    if received is int and not -(2**63) <= value < 2**63:
         return f"{where} does not fit into 64 bits"
     inner: Iterator[tuple[Any, Any, str]] = iter(())
     if isinstance(shape, dict):
@@ -206,7 +209,7 @@ def write_info(folder: Path, info: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as strict JSON holds it: tuples as lists, NumPy numbers as numbers, NaN as ``"NaN"``, others as text."""
+    """``value`` as strict JSON holds it: NumPy numbers as numbers, NaN as ``"NaN"``, what it cannot hold as text."""
 
     def other(o: Any) -> Any:
         return o.item() if hasattr(o, "item") else str(o)

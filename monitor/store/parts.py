@@ -7,10 +7,13 @@ instead of pyarrow's NumPy conversions, which would import pandas into the train
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +28,7 @@ Values = npt.NDArray[np.float32]
 
 ROW_GROUP = 1 << 17
 _BATCH = 1 << 14  # rows that a merge holds of each part
-_STEPS_KEY = b"monitor.steps"
+_SEAL = b"monitor.part"
 
 #: Columns of a part.
 PART = pa.schema(
@@ -36,8 +39,8 @@ PART = pa.schema(
     ]
 )
 
-#: What a damaged or foreign file makes pyarrow raise. A missing file is an OSError too: ask for that first.
-UNREADABLE = (OSError, pa.ArrowException, ValueError)
+#: What a damaged or foreign file makes us raise. A missing file is an OSError too: ask for that first.
+UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError)
 
 
 class Points(NamedTuple):
@@ -134,15 +137,37 @@ def write_part(path: Path, chunks: Iterable[Points], steps: int, sync: bool = Fa
     Raises:
         OSError: if it cannot be written; nothing is left behind.
     """
+    groups: list[tuple[int, int, int]] = []
+
+    def tables() -> Iterator[pa.Table]:
+        for p in _regrouped(chunks):
+            groups.append((int(p.series[0]), int(p.series[-1]), len(p.series)))
+            yield table_of(p)
+
     with replacing(path, sync) as temp:
-        write_table(
-            temp, (table_of(p) for p in _regrouped(chunks)), PART.with_metadata({_STEPS_KEY: str(steps).encode()})
-        )
+        write_table(temp, tables(), PART, lambda: {_SEAL: _sealed({"steps": steps, "groups": groups})})
 
 
-def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write ``tables``, a row group each, as this library encodes all its Parquet."""
-    names = set(schema.names)
+def write_table(
+    path: Path,
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
+    footer: Callable[[], dict[bytes, bytes]] | None = None,
+) -> None:
+    """Write ``tables``, a row group each, as this library encodes all its Parquet.
+
+    Args:
+        path: where; not renamed.
+        tables: of ``schema``.
+        schema: columns, and what else the file should know.
+        footer: asked after the last table for more that the file should know.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    # pyarrow's annotations know only the yes or no of this argument
+    dictionary: Any = [f.name for f in schema if f.name == "series" or pa.types.is_string(f.type)]
+    encodings = {"step": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"} if schema.equals(PART) else None
     # through a file of Python's own, whose errors keep their errno
     with (
         path.open("wb") as file,
@@ -150,18 +175,28 @@ def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> No
             file,
             schema,
             compression="zstd",
-            use_dictionary=[f.name for f in schema if f.name == "series" or pa.types.is_string(f.type)],
-            column_encoding={
-                name: encoding
-                for name, encoding in (("step", "DELTA_BINARY_PACKED"), ("value", "BYTE_STREAM_SPLIT"))
-                if name in names
-            },
+            use_dictionary=dictionary,
+            column_encoding=encodings,
             write_statistics=True,
             write_page_checksum=True,
         ) as out,
     ):
         for table in tables:
             out.write_table(table, row_group_size=max(1, table.num_rows))
+        if footer:
+            out.add_key_value_metadata(footer())
+
+
+def _sealed(index: dict[str, Any]) -> bytes:
+    body = json.dumps(index, separators=(",", ":")).encode()
+    return b"%08x" % zlib.crc32(body) + body
+
+
+def _unsealed(sealed: bytes) -> dict[str, Any]:
+    # Parquet has no checksum over its footer, and a wrong index would hide values without a word
+    if sealed[:8] != b"%08x" % zlib.crc32(sealed[8:]):
+        raise ValueError("its index is damaged")
+    return json.loads(sealed[8:])
 
 
 def _regrouped(chunks: Iterable[Points]) -> Iterator[Points]:
@@ -175,7 +210,7 @@ def _regrouped(chunks: Iterable[Points]) -> Iterator[Points]:
             whole = joined(held)
             cuts = range(ROW_GROUP, rows - ROW_GROUP + 1, ROW_GROUP)
             edges = [0, *cuts]
-            for a, b in zip(edges, edges[1:], strict=False):
+            for a, b in pairwise(edges):
                 yield whole.where(slice(a, b))
             held = [whole.where(slice(edges[-1], None))]
             rows -= edges[-1]
@@ -184,9 +219,16 @@ def _regrouped(chunks: Iterable[Points]) -> Iterator[Points]:
 
 
 def arrow(a: npt.NDArray[np.generic]) -> pa.Array:
-    """``a`` as an Arrow array, without a copy."""
-    a = np.ascontiguousarray(a)
-    return pa.Array.from_buffers(pa.from_numpy_dtype(a.dtype), len(a), [None, pa.py_buffer(a)])
+    """``a``, numbers or truths, as an Arrow array."""
+    data = np.packbits(a, bitorder="little") if a.dtype == np.bool_ else np.ascontiguousarray(a)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(a.dtype), len(a), [None, pa.py_buffer(data)])
+
+
+def texts(strings: Iterable[str]) -> pa.Array:
+    """``strings`` as an Arrow array; what UTF-8 cannot hold becomes a question mark."""
+    encoded = [s.encode("utf-8", "replace") for s in strings]
+    ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
+    return pa.Array.from_buffers(pa.string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))])
 
 
 def flat(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.generic]:
@@ -233,8 +275,7 @@ class Part:
     rows: int
     steps: int
     _meta: pq.FileMetaData
-    _lowest: Ids
-    _highest: Ids
+    _groups: npt.NDArray[np.int64]  # (row group, 3): lowest id, highest id, rows
 
     @staticmethod
     def open(path: Path) -> Part:
@@ -242,31 +283,21 @@ class Part:
 
         Raises:
             FileNotFoundError: if it is gone.
-            OSError, pyarrow.ArrowException, ValueError: if it is no part.
+            an error of `UNREADABLE`: if it is no part.
         """
         name = parse_part(path.name)
         if name is None:
             raise ValueError("its name is not <attempt>-<first>-<last>.parquet")
         with pq.ParquetFile(path) as file:
             meta, schema = file.metadata, file.schema_arrow
-        if not schema.equals(PART):
-            raise ValueError(
-                f"has columns {', '.join(schema.names)[:80]!r}, expected series, step, value as this library"
-            )
-        extra = schema.metadata or {}
-        groups = [meta.row_group(g).column(0).statistics for g in range(meta.num_row_groups)]
-        known = [s for s in groups if s is not None and s.has_min_max]
-        if len(known) < len(groups):
-            raise ValueError("lacks the statistics of its row groups")
-        return Part(
-            path,
-            *name,
-            meta.num_rows,
-            int(extra.get(_STEPS_KEY, b"0")),
-            meta,
-            np.array([s.min for s in known], dtype=np.int32),
-            np.array([s.max for s in known], dtype=np.int32),
-        )
+        seal = (meta.metadata or {}).get(_SEAL)
+        if not schema.equals(PART) or seal is None:
+            raise ValueError(f"has columns {', '.join(schema.names)!r:.80}, expected a part that this library wrote")
+        index = _unsealed(seal)
+        groups = np.array(index["groups"], dtype=np.int64).reshape(-1, 3)
+        if len(groups) != meta.num_row_groups:
+            raise ValueError(f"has {meta.num_row_groups} row groups, expected {len(groups)}")
+        return Part(path, *name, int(groups[:, 2].sum()), int(index["steps"]), meta, groups)
 
     def covers(self, other: Part) -> bool:
         """True if everything in ``other`` is in this part too."""
@@ -277,24 +308,25 @@ class Part:
 
         Raises:
             FileNotFoundError: if it was replaced by a larger part in the meantime.
-            OSError, pyarrow.ArrowException, ValueError: if it is damaged.
+            an error of `UNREADABLE`: if it is damaged.
         """
-        groups = range(len(self._lowest))
+        groups = np.arange(len(self._groups))
         if ids is not None:
-            if not len(ids):
-                return joined(())
-            groups = np.flatnonzero((self._highest >= ids.min()) & (self._lowest <= ids.max())).tolist()
+            low, high = (ids.min(), ids.max()) if len(ids) else (1, 0)
+            groups = np.flatnonzero((self._groups[:, 1] >= low) & (self._groups[:, 0] <= high))
         if not len(groups):
             return joined(())
         with pq.ParquetFile(self.path, metadata=self._meta, page_checksum_verification=True) as file:
-            points = _points(file.read_row_groups(list(groups), columns=PART.names, use_threads=False))
+            points = _points(file.read_row_groups(groups.tolist(), columns=PART.names, use_threads=False))
+        if len(points.series) != self._groups[groups, 2].sum():
+            raise ValueError("has lost rows")
         return points if ids is None else points.where(np.isin(points.series, ids))
 
     def batches(self) -> Iterator[Points]:
         """All values, some thousand at a time.
 
         Raises:
-            OSError, pyarrow.ArrowException, ValueError: if it is damaged.
+            an error of `UNREADABLE`: if it is damaged.
         """
         with pq.ParquetFile(self.path, metadata=self._meta, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_BATCH, columns=PART.names, use_threads=False):
@@ -336,7 +368,7 @@ def merge(parts: Iterable[Part]) -> Iterator[Points]:
         Chunks that hold each of their series whole.
 
     Raises:
-        OSError, pyarrow.ArrowException, ValueError: if one is damaged.
+        an error of `UNREADABLE`: if one is damaged.
     """
     # in order of steps, so that a stable sort by series leaves the steps of each series in order
     streams = [p.batches() for p in sorted(parts, key=lambda p: p.first)]

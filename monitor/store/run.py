@@ -1,14 +1,13 @@
 """Reads a run folder: the one way in for the command line, the dashboard, reports and the user.
 
-A folder is data from anywhere: nothing in it is executed, paths outside it are not followed, and what is damaged is named
-in `Run.warnings` while the rest is read. Folders are listed in the direction in which values travel (tail, live, series),
-so that a reader beside a running writer misses none, and counts none twice thanks to the cover rule.
+A folder is data from anywhere: nothing in it is executed, paths outside it are not followed, and what is damaged is
+named in `Run.warnings` while the rest is read. Folders are listed in the direction in which values travel (tail, live,
+series), so that a reader beside a running writer misses none, and counts none twice thanks to the cover rule.
 """
 
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +34,7 @@ from monitor.store.parts import (
     joined,
     open_parts,
     table_of,
+    texts,
     visible,
 )
 from monitor.store.process import is_alive
@@ -156,7 +156,7 @@ class Run:
     @property
     def warnings(self) -> list[str]:
         """What could not be recorded, what was dropped, and what cannot be read, a line each."""
-        drops = [f"dropped: {what}: {json.dumps(how)}" for what, how in self.info["drops"].items()]
+        drops = [f"dropped {what}: {how}" for what, how in self.info["drops"].items()]
         self._evaluate()
         return list(dict.fromkeys([*self.info["warnings"], *drops, *self._faults]))
 
@@ -219,7 +219,7 @@ class Run:
             attempt: only what this attempt recorded.
 
         Returns:
-            A block with the one name ``ref``: steps at which any of the modules has a value, values float64, and a mask.
+            A block of the one name ``ref`` over the steps at which any of the modules has a value; float64, and a mask.
 
         Raises:
             UsageError: if ``ref`` is neither recorded nor a column of a known metric.
@@ -255,8 +255,8 @@ class Run:
             metric: its id.
 
         Returns:
-            One row per step and module: ``step``, ``module``, then the columns; ``attempt`` first if there were several,
-            superseded steps included. NaN where a column has no value (`block` tells it from a recorded NaN).
+            One row per step and module: ``step``, ``module``, then the columns; ``attempt`` first if there were
+            several, superseded steps included. NaN where a column has no value (`block` tells it from a recorded NaN).
 
         Raises:
             UsageError: if nothing of it was recorded.
@@ -287,13 +287,12 @@ class Run:
         Returns:
             One per series, in order of execution; none if ``ref`` was not recorded.
         """
-        self._evaluate()
         if ref is None:
             return combine(self._steady(self._summaries), self._names)
-        ids = self._names.of(*_split(ref))
         modules = self.modules(ref)
-        if ids:
-            found = combine(self._steady(self._summaries), self._names, set(ids.values()))
+        if self._names.of(*_split(ref)):
+            loaded = self._steady(self._summaries)  # first: it may read the folder anew, and ids may change
+            found = combine(loaded, self._names, self._names.of(*_split(ref)).values())
         elif modules:
             names = Names()
             parts = [self.block(ref, attempt=a) for a in sorted({p.attempt for p in (*self._files, *self._tails)})]
@@ -317,10 +316,9 @@ class Run:
 
         self._evaluate()
         here = duckdb.connect()
-        triples = list(zip(*self._names.triples, strict=True)) or [[], [], []]
         ids = arrow(np.arange(len(self._names), dtype=np.int32))
-        texts = [pa.array(t, pa.string()) for t in triples]
-        here.register("names", pa.Table.from_arrays([ids, *texts], names=["series", "metric", "column", "module"]))
+        words = [texts(t[i] for t in self._names.triples) for i in range(3)]
+        here.register("names", pa.Table.from_arrays([ids, *words], names=["series", "metric", "column", "module"]))
         selects = []
         # as Arrow data sets of explicit files: DuckDB would read a path with brackets in it as a pattern
         sources = [(p.attempt, ds.dataset(str(p.path), format="parquet")) for p in self._files]
@@ -376,9 +374,9 @@ class Run:
         """What is wrong with the run, over everything that was recorded when it was opened."""
         from monitor.diagnosis.report import report
 
-        if self._verdict is None:
-            self._verdict = report(self)
-        return self._verdict
+        found = self._verdict or report(self)
+        self._verdict = found
+        return found
 
     def incidents(self) -> list[Incident]:
         """Findings grouped by cause, the worst first."""
@@ -507,13 +505,7 @@ class Run:
         place[list(wanted)] = list(wanted.values())
         read = self._points(np.array(list(wanted), dtype=np.int32), first, last, attempt)
         chunks = [_dense(p, place, len(names)) for p in read if len(p.series)]
-        steps = np.unique(np.concatenate([np.zeros(0, np.int64), *(c[0] for c in chunks)]))
-        values = np.full((len(steps), len(names)), np.nan)
-        has = np.zeros(values.shape, dtype=np.bool_)
-        for at, some, mask in chunks:
-            rows = np.searchsorted(steps, at)
-            values[rows] = np.where(mask, some, values[rows])
-            has[rows] |= mask
+        steps, values, has = _stacked(chunks, len(names))
         return Block(steps, names, {ref: values}, {ref: has})
 
     def _derived(
@@ -565,11 +557,7 @@ class Run:
             waiting.clear()
 
         for p in sorted((*self._files, *self._tails), key=lambda p: (p.attempt, p.first)):
-            stored = None
-            if isinstance(p, Part) and p.path.parent.name == layout.SERIES:
-                path = self.path / layout.RANK / layout.SUMMARY / p.path.name
-                stored = read_summaries(path) if layout.inside(self.path, path) else None
-            if stored is not None and int(stored.scalars["n"].sum()) == p.rows:
+            if isinstance(p, Part) and (stored := self._stored_summaries(p)) is not None:
                 settle()
                 found.append(stored)
                 continue
@@ -582,6 +570,11 @@ class Run:
         settle()
         self._loaded = found
         return found
+
+    def _stored_summaries(self, part: Part) -> Summaries | None:
+        path = self.path / layout.RANK / layout.SUMMARY / part.path.name
+        found = read_summaries(path) if layout.inside(self.path, path) else None
+        return found if found is not None and int(found.scalars["n"].sum()) == part.rows else None
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -648,6 +641,22 @@ def aligned(blocks: Mapping[str, Block]) -> Block:
         rows = np.searchsorted(steps, b.steps)
         values[name][rows], has[name][rows] = b[name][:, columns], b.has(name)[:, columns]
     return Block(steps, modules, values, has)
+
+
+def _stacked(chunks: Sequence[tuple[Steps, Array, Mask]], width: int) -> tuple[Steps, Array, Mask]:
+    """What `_dense` made of several parts as one; of two values for the same step the later part's stays."""
+    if not chunks:
+        return np.zeros(0, np.int64), np.zeros((0, width)), np.zeros((0, width), dtype=np.bool_)
+    steps = np.concatenate([c[0] for c in chunks])
+    if (np.diff(steps) > 0).all():  # parts follow one another, unless somebody meddled with them
+        return steps, np.concatenate([c[1] for c in chunks]), np.concatenate([c[2] for c in chunks])
+    steps = np.unique(steps)
+    values, has = np.full((len(steps), width), np.nan), np.zeros((len(steps), width), dtype=np.bool_)
+    for at, some, mask in chunks:
+        rows = np.searchsorted(steps, at)
+        values[rows] = np.where(mask, some, values[rows])
+        has[rows] |= mask
+    return steps, values, has
 
 
 def _dense(points: Points, place: npt.NDArray[np.intp], width: int) -> tuple[Steps, Array, Mask]:

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monitor.store.layout import replacing
-from monitor.store.parts import UNREADABLE, write_table
+from monitor.store.parts import UNREADABLE, arrow, texts, write_table
 
 if TYPE_CHECKING:
     from monitor.diagnosis.finding import Finding
@@ -54,7 +55,12 @@ def write_findings(path: Path, findings: Sequence[Finding], state: dict[str, Any
         OSError: if they cannot be written; the old ones stay.
     """
     rows = [asdict(f) | {"evidence": json.dumps(f.evidence)} for f in findings]
-    columns = [pa.array([r[name] for r in rows], t) for name, t in _TYPES.items()]
+    columns = [
+        texts(r[name] for r in rows)
+        if t == pa.string()
+        else arrow(np.array([r[name] for r in rows], t.to_pandas_dtype()))
+        for name, t in _TYPES.items()
+    ]
     extra = {b"monitor.rules_hash": rules_hash.encode(), b"monitor.state": json.dumps(state).encode()}
     table = pa.Table.from_arrays(columns, schema=FINDINGS_SCHEMA)
     with replacing(path) as temp:

@@ -1,7 +1,7 @@
 """Summaries of series: what a first look needs, from a few kilobytes instead of millions of values.
 
-Each large part has one: per series its ends, extremes, moments, quantiles and a min–max band. Summaries of several parts
-merge: counts, extremes and moments exactly, quantiles by mixing the parts' piecewise linear distributions.
+Each large part has one: per series its ends, extremes, moments, quantiles and a min–max band. Summaries of several
+parts merge: counts, extremes and moments exactly, quantiles by mixing the parts' piecewise linear distributions.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class SeriesSummary:
         n: recorded values, the non-finite ones included.
         nonfinite: how many of them are NaN or infinite.
         first_step, last_step, first, last: its ends.
-        min, max, mean, m2: of the finite values; ``m2`` is the sum of squared deviations from the mean. NaN if there are
-            none.
+        min, max, mean, m2: of the finite values; ``m2`` is the sum of squared deviations from the mean. NaN if there
+            are none.
         quantiles: ``p01 … p99`` of the finite values; exact within a part, interpolated over several.
         band: the picture; of ``n`` ≤ 128 values it is the data itself.
     """
@@ -292,7 +292,7 @@ def combine(several: Sequence[Summaries], names: Names, only: Collection[int] | 
                 mean,
                 m2,
                 dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
-                _thinned(Band(*(np.concatenate([c[s] for s in band]) for c in one.band))),
+                _thinned([Band(one.band.steps[s], one.band.min[s], one.band.max[s]) for s in band]),
             )
         )
     return found
@@ -308,7 +308,8 @@ def _mixed(knots: _F64, weight: _F64) -> _F64:
     return np.interp(_PROBABILITIES, cumulative.ravel() / weight.sum(), np.repeat(x, 2))
 
 
-def _thinned(band: Band) -> Band:
+def _thinned(several: Sequence[Band]) -> Band:
+    band = Band(*(np.concatenate(c) for c in zip(*several, strict=True)))
     n = len(band.steps)
     if n <= BUCKETS:
         return band

@@ -1,13 +1,14 @@
-"""The crash-safe tail: one check-summed frame per step, appended with one system call by the training thread.
+r"""The crash-safe tail: one check-summed frame per step, appended with one system call by the training thread.
 
 A step's row is in the page cache before the next step begins, so a killed process loses at most the row it was writing.
 Rows leave the tail once a part on disk holds what was computed from them.
 
-    frame    magic "\\xb5TF1" · crc32 of the rest (u32) · length of the body (u32) · kind (u8) · body      little-endian
+    frame    magic "\xb5TF1" · crc32 of the rest (u32) · length of the body (u32) · kind (u8) · body      little-endian
     layout   kind 1: JSON of `Layout.to_json`
     row      kind 2: step (i64) · number of the layout (u32) · float32 payload
 
-A segment begins with the layout its rows follow. A reader stops at the first bad frame: after it nothing can be trusted.
+A segment begins with the layout its rows follow. A reader stops at the first bad frame: nothing after it can
+be trusted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from pathlib import Path
 import numpy as np
 
 from monitor.block import ColumnBlock, Layout, RawBlock, evaluate
-from monitor.errors import MetricError
 from monitor.metric import Metric
 from monitor.store.layout import RANK, TAIL, names, parse_tail, tail_name
 
@@ -41,8 +41,9 @@ _LAYOUT_KIND, _ROW_KIND = 1, 2
 
 
 class TailWriter:
-    """Appends rows to the tail. Everything but `drop` belongs to the training thread; a failed write only sets
-    `problem`.
+    """Appends rows to the tail. A failed write raises nothing; it sets `problem`.
+
+    Everything but `drop` belongs to the training thread.
 
     Args:
         folder: where the segments stand.
@@ -284,17 +285,13 @@ def columns(blocks: Iterable[RawBlock], metrics: Iterable[Metric], after: int) -
         if new.any():
             fresh.append(RawBlock(b.layout, b.steps[new], b.rows[new]))
             after = int(b.steps[-1])
-    metrics = [m for m in metrics if not m.derived]
+    metrics = list(metrics)
     found: list[ColumnBlock] = []
     faults: dict[str, None] = {}
     for layout, group in groupby(fresh, key=lambda b: b.layout):
         same = list(group)
         raw = RawBlock(layout, np.concatenate([b.steps for b in same]), np.concatenate([b.rows for b in same]))
-        for m in metrics:
-            try:
-                found += evaluate(raw, [m])
-            except MetricError as e:
-                faults[str(e)] = None
+        found += evaluate(raw, metrics, lambda _, error: faults.update({str(error): None}))
     return found, list(faults)
 
 

@@ -1,7 +1,7 @@
 """Writes a run folder: rows to the tail, columns to parts, parts to larger parts, everything else to run.json.
 
-Nothing here may disturb a training. A disk that is full or gone makes `RunWriter.problem` say so and values be counted as
-lost, never an exception; a forked child, which inherits all of this, writes nothing.
+Nothing here may disturb a training. A disk that is full or gone makes `RunWriter.problem` say so and values be counted
+as lost, never an exception; a forked child, which inherits all of this, writes nothing.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ LARGE_ROWS = 1 << 23  # a part of this size is worth keeping for good …
 LARGE_STEPS = 4096  # … if it also covers enough steps for its summary to be small beside it
 
 Status = Literal["finished", "failed", "interrupted", "detached"]
-_OPEN_FIELDS = ("versions", "facts", "columns", "drops", "overhead", "warnings")
+_OPEN_FIELDS = ("versions", "facts", "columns", "drops", "overhead", "absent", "warnings")
 
 
 class RunWriter:
     """Writes one attempt of a run. Made by `create`.
 
-    `update` and `problem` may be used from any thread, ``tail`` from the training thread; the rest belongs to one writer
-    thread at a time. Only `create` raises on account of the disk.
+    `update` and `problem` may be used from any thread, ``tail`` from the training thread; the rest belongs to one
+    writer thread at a time. Only `create` raises on account of the disk.
 
     Attributes:
         path: the run folder, absolute.
@@ -137,7 +137,8 @@ class RunWriter:
 
         Args:
             fields: ``versions``, ``facts``, ``columns``, ``drops`` and ``overhead`` are mappings and merged key by key;
-                ``warnings`` is a list, of which the new ones are appended. What JSON cannot hold is written as text.
+                ``absent`` is replaced; of ``warnings``, a list, the new ones are appended. What JSON cannot hold is
+                written as text.
 
         Raises:
             UsageError: for any other field; the rest of run.json is the writer's own.
@@ -151,6 +152,8 @@ class RunWriter:
             for name, value in layout.plain(fields).items():
                 if name == "warnings":
                     self._info[name] += [str(w) for w in value if str(w) not in self._info[name]]
+                elif name == "absent":
+                    self._info[name] = value
                 else:
                     self._info[name] |= value
         self._try("run.json", self._save)
@@ -259,12 +262,9 @@ class RunWriter:
         self.lost_steps = (self.lost_steps[0] if self.lost_steps else first, last)
         self._forget()
         with self._lock:
-            self._info["drops"][f"disk, attempt {self.attempt}"] = {
-                "values": self.lost_values,
-                "first_step": self.lost_steps[0],
-                "last_step": self.lost_steps[1],
-                "why": self.problem,
-            }
+            self._info["drops"][f"values of attempt {self.attempt}"] = (
+                f"{self.lost_values:,} of steps {self.lost_steps[0]:,} to {self.lost_steps[1]:,}: {self.problem}"
+            )
         self._try("run.json", self._save)
 
     def _forget(self) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils.checkpoint import checkpoint
@@ -20,8 +20,11 @@ def closure(problem: Any, **options: Any) -> LossClosure:
     return LossClosure(problem.model, problem.loss_fn, problem.batch, **{"dtype": torch.float64, **options})
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["classifier", "regression"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    # torch has no forward-over-reverse rule for mean squared error
+    [("classifier", way) for way in WAYS] + [("regression", way) for way in WAYS if way != "forward"],
+)
 def test_every_way_gives_the_hessian(way, kind, request):
     """Oracle: dense reference (torch.func, float64); central differences are good to eps^(2/3)."""
     problem = request.getfixturevalue(kind)
@@ -103,11 +106,12 @@ def test_empirical_fisher(classifier):
 def test_fisher_is_gauss_newton_on_average_and_repeats_its_draws(classifier):
     """Oracle: closed form (the Fisher information of softmax is the Gauss–Newton matrix); 4 standard errors."""
     c = closure(classifier)
-    draws = torch.stack([Fisher(c, seed=s).dense() for s in range(200)])
+    draws = torch.stack([Fisher(c, seed=s).dense() for s in range(60)])
     assert torch.equal(draws[0], Fisher(c, seed=0).dense())
     error = (draws.mean(0) - GaussNewton(c).dense()).norm()
-    assert error < 4 * (draws.var(0).sum() / 200).sqrt()
-    torch.testing.assert_close(Fisher(c, draws=5, seed=3).dense().trace() > 0, torch.tensor(True))
+    assert error < 4 * (draws.var(0).sum() / 60).sqrt()
+    several = torch.stack([Fisher(c, draws=30, seed=s).dense() for s in range(3)])
+    assert several.var(0).sum() < draws.var(0).sum() / 10  # a 30th is expected
 
 
 def test_output_operators_agree_with_an_independent_library(classifier):
@@ -261,13 +265,16 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # type: ignore[override]
         return 3 * ctx.saved_tensors[0] ** 2 * g
 
 
 def test_no_way_is_said_with_reasons_and_the_difference_still_works():
     """Oracle: planted fault, and the closed form 30x⁴ of the second derivative of x⁶."""
     model = nn.Linear(1, 3, bias=False).double()
+    linear = LossClosure(model, lambda: _Once.apply(model.weight).sum())  # here autograd itself would answer 0
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        Hessian(linear, way="cached")(torch.ones(3).double())
     c = LossClosure(model, lambda: _Once.apply(model.weight).square().sum())
     with pytest.raises(MonitorError, match=r"cached: .*recompute: .*forward: .*difference"):
         Hessian(c)(torch.ones(3).double())

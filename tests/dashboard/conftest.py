@@ -25,11 +25,9 @@ MODULES = tuple(f"blocks.{i}.{part}.weight" for i in range(4) for part in ("attn
 class Scripted:
     """A run whose loss falls, jumps at ``spike`` and whose second tensor has a NaN gradient at ``nan``."""
 
-    def __init__(
-        self, folder: Path, *, modules: tuple[str, ...] = MODULES, spike: int = -1, nan: int = -1
-    ) -> None:
+    def __init__(self, folder: Path, *, modules: tuple[str, ...] = MODULES, spike: int = -1, nan: int = -1) -> None:
         self.modules, self.spike, self.nan = modules, spike, nan
-        self.writer = RunWriter.create(folder, script=script)
+        self.writer = RunWriter.create(folder, script="train.py")
         self.path = self.writer.path
         self._random = np.random.default_rng(0)
         self._step = 0
@@ -48,8 +46,8 @@ class Scripted:
         facts: dict[str, Any] = {
             "modules": [],
             "parameters": [
-                {"name": m, "shape": [8, 8], "dtype": "float32", "numel": 64, "trainable": True, "optimizer": 0, "group": 0,
-                 "tied_to": []}
+                {"name": m, "shape": [8, 8], "dtype": "float32", "numel": 64, "trainable": True, "optimizer": 0,
+                 "group": 0, "tied_to": []}
                 for m in modules
             ],
             "optimizers": [{"class": "AdamW", "groups": [{"lr": 1e-3}]}],

@@ -48,11 +48,10 @@ def random_block(m: Metric, steps: int = 130, modules: Sequence[str] = ("a", "b"
     return Block(np.arange(steps, dtype=np.int64) + 7, tuple(modules), values, has)
 
 
-def copy(block: Block, values: Mapping[str, Array] = {}, has: Mapping[str, Mask] = {}) -> Block:
-    """The block with some statistics replaced."""
-    all_values = {name: values.get(name, block[name]) for name in block.names}
-    all_has = {name: has.get(name, block.has(name)) for name in block.names}
-    return Block(block.steps, block.modules, all_values, all_has)
+def copy(block: Block, values: Mapping[str, Array], has: Mapping[str, Mask] | None = None) -> Block:
+    """The block with some statistics, and perhaps where they were recorded, replaced."""
+    all_has = {name: block.has(name) for name in block.names} | dict(has or {})
+    return Block(block.steps, block.modules, {name: values.get(name, block[name]) for name in block.names}, all_has)
 
 
 def select(block: Block, steps: slice = slice(None), modules: Sequence[int] | None = None) -> Block:

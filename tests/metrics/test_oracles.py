@@ -112,8 +112,9 @@ def dense_logit_columns(z: Array, y: Labels) -> dict[str, dict[str, float]]:
             "mean": norm.mean(), "max": norm.max(), "centred_mean": cnorm.mean(), "centred_max": cnorm.max(), "rows": n,
         },
         "logit_scale": {
-            "rms": np.sqrt(np.mean(z**2)), "mean": z.mean(), "max_abs": np.abs(z).max(), "row_std": z.std(axis=1).mean(),
-            "margin": (ordered[:, -1] - ordered[:, -2]).mean(), "true_margin": (true - others.max(axis=1)).mean(),
+            "rms": np.sqrt(np.mean(z**2)), "mean": z.mean(), "max_abs": np.abs(z).max(),
+            "row_std": z.std(axis=1).mean(), "margin": (ordered[:, -1] - ordered[:, -2]).mean(),
+            "true_margin": (true - others.max(axis=1)).mean(),
         },
         "log_z": {"mean": lse.mean(), "std": lse.std(), "z_loss": np.mean(lse**2)},
         "pred_entropy": {"entropy": entropy, "normalised": entropy / np.log(k), "top1_mass": p.max(axis=1).mean()},

@@ -1,8 +1,8 @@
 """Norm, extremes, non-finite values and element spikes of every gradient, in cache-sized groups.
 
 Source: SPAM (Huang et al., 2025): an element is spiked if g^2 > Theta v with v Adam's second moment before the step and
-Theta = 5000. Seen after the step, with v' = b2 v + (1 - b2) g^2, that is g^2 (b2 + Theta (1 - b2)) > Theta v' (exact algebra;
-0 disagreements in 17.9 M elements). We use the bias-corrected v, so Theta is divided by 1 - b2^(n-1).
+Theta = 5000. Seen after the step, with v' = b2 v + (1 - b2) g^2, that is g^2 (b2 + Theta (1 - b2)) > Theta v' (exact
+algebra). We use the bias-corrected v, so Theta is divided by 1 - b2^(n-1).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ STATS = ("norm", "max_abs", "nonfinite", "spikes", "spike_ratio")
 THETA = 5000.0
 #: Updates before the second moment says anything (SPAM's own warm-up).
 WARMUP = 20
-#: Second moment before the step, as a share of the one after it, below which it was zero up to rounding. Spikes with
-#: g^2/v above 1 / (1 - beta2) / _NOTHING (1e9 at 0.999) are lost to it; their norm spikes too.
-_NOTHING = 1e-6
+#: Second moment before the step, as a share of the one after it, below which float32 has lost it. It was 0 (the first
+#: gradient an element ever had) or the spike is beyond 1e6 / (1 - beta2) times it: the mean over the rest of the tensor
+#: decides which.
+_LOST = 1e-6
 
 
 def gradient_stats(grads: Sequence[Tensor]) -> Tensor:
@@ -59,9 +60,7 @@ def gradient_stats(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack((norm, peak, bad), dim=1)
 
 
-def spike_stats(
-    grads: Sequence[Tensor], seconds: Sequence[Tensor], beta2: float, n: float, scratch: Scratch
-) -> Tensor:
+def spike_stats(grads: Sequence[Tensor], seconds: Sequence[Tensor], beta2: float, n: float, scratch: Scratch) -> Tensor:
     """Spiked elements of each gradient, from Adam's second moment after the step.
 
     Args:
@@ -100,26 +99,33 @@ def _count(
 ) -> None:  # fmt: skip
     """Count the elements with ``short < 0`` for each tensor of a group, on a CPU."""
     # numpy: several times faster than torch on so little data, and torch's nonzero is slow on a CPU
+    gradient, second = g.numpy(), v.numpy()
     at = np.flatnonzero(short.numpy() < 0)
-    square = np.square(g.numpy()[at].astype(np.float64))
-    second = v.numpy()[at].astype(np.float64)
-    before = (second - (1 - beta2) * square) / beta2
-    known = before > _NOTHING * second
-    at, ratio = at[known], square[known] / before[known] * correction
     begin = 0
     for i, size in zip(group, sizes, strict=True):
-        mine = ratio if len(group) == 1 else ratio[(at >= begin) & (at < begin + size)]
+        mine = at if len(group) == 1 else at[(at >= begin) & (at < begin + size)]
         if mine.size:
-            out[i, 0], out[i, 1] = mine.size, mine.max()
+            square, now = np.square(gradient[mine].astype(np.float64)), second[mine].astype(np.float64)
+            before = (now - (1 - beta2) * square) / beta2
+            lost = before <= _LOST * now
+            if lost.any():
+                rest = float(second[begin : begin + size].sum(dtype=np.float64)) - float(now.sum())
+                before[lost] = rest / max(1, size - mine.size)
+            ratio = square * correction / np.maximum(before, np.finfo(np.float64).tiny)
+            spiked = (ratio > THETA) & (before > 0)
+            out[i, 0], out[i, 1] = int(spiked.sum()), float(ratio[spiked].max(initial=0))
         begin += size
 
 
 def _on_device(g: Tensor, v: Tensor, beta2: float, correction: float, slope: float) -> Tensor:
     square, second = g.double().square(), v.double()
+    tripped = second < slope * square
     before = (second - (1 - beta2) * square).div_(beta2)
-    spiked = (v < slope * square) & (before > _NOTHING * second)
-    ratio = torch.where(spiked, square / before, 0.0)
-    return torch.stack((spiked.sum().double(), ratio.max() * correction)).float()
+    rest = torch.where(tripped, 0.0, second).sum() / (~tripped).sum().clamp_min(1)
+    before = torch.where(before <= _LOST * second, rest, before)
+    ratio = square * correction / before.clamp_min(torch.finfo(torch.float64).tiny)
+    spiked = tripped & (ratio > THETA) & (before > 0)
+    return torch.stack((spiked.sum().double(), torch.where(spiked, ratio, 0.0).max())).float()
 
 
 class Scratch:

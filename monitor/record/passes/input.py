@@ -49,7 +49,9 @@ def _fingerprint(x: Tensor) -> Tensor:
     some = flat[::stride][:_SAMPLE].contiguous()
     if some.numel() == 0:
         return torch.zeros((), device=x.device)
-    whole = some.view(torch.uint8).to(torch.int64) if some.element_size() != 4 else some.view(torch.int32).to(torch.int64)
+    whole = (
+        some.view(torch.uint8).to(torch.int64) if some.element_size() != 4 else some.view(torch.int32).to(torch.int64)
+    )
     return (whole.remainder_(_PRIME) * _weights(whole.numel(), x.device)).sum().remainder(_MODULUS).float()
 
 

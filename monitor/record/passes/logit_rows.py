@@ -1,8 +1,8 @@
-"""Statistics of rows of logits: norms, scale, margins, log Z, entropy and how close the softmax is to absorbing its rivals.
+"""Statistics of rows of logits: norms, scale, margins, log Z, entropy, and how close the softmax is to collapse.
 
 Every row is read once, in tiles that stay in cache; nothing of the size of the logits is allocated. With m the largest
-logit of a row and R = sum over the other classes of exp(z_k - m) (summed without the largest, so that it does not cancel):
-log Z = m + log1p(R), p_max = 1/(1+R), H = log1p(R) - sum_k (z_k - m) exp(z_k - m) / (1+R).
+logit of a row and R = sum over the other classes of exp(z_k - m) (summed without the largest, so that it does not
+cancel): log Z = m + log1p(R), p_max = 1/(1+R), H = log1p(R) - sum_k (z_k - m) exp(z_k - m) / (1+R).
 
 Source: Prieto et al. (2025), Grokking at the Edge of Numerical Stability, Definitions 1-3 for the collapse, with R <= u
 (u the unit roundoff, half of eps) as the exact, order-independent rule; the rest by definition.
@@ -29,7 +29,7 @@ TILE = 1 << 18
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u = eps / 2 of a floating dtype: the largest x for which 1 + x == 1 under round-to-nearest-even."""
+    """U = eps / 2 of a floating dtype: the largest x for which 1 + x == 1 under round-to-nearest-even."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -54,9 +54,7 @@ def logit_rows(z: Tensor, y: Tensor | None, dtype: torch.dtype, valid: Tensor | 
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     if valid is not None and y is not None:
         y = torch.where(valid, y, 0)
-    tiles = [
-        _tile(z[i : i + rows].to(wide), None if y is None else y[i : i + rows]) for i in range(0, count, rows)
-    ]
+    tiles = [_tile(z[i : i + rows].to(wide), None if y is None else y[i : i + rows]) for i in range(0, count, rows)]
     r = (torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]).double()
     norm, cnorm, lse, entropy, top1, margin, true_margin, residual, right, sum_z, max_z, min_z = r.unbind(0)
     u = unit_roundoff(dtype)
@@ -94,11 +92,8 @@ def _tile(z: Tensor, y: Tensor | None) -> Tensor:
     shift = d.sum(dim=1)
     # around the maximum: no cancellation when all logits share a large offset
     cnorm = (torch.linalg.vector_norm(d, dim=1).square() - shift.square() / k).clamp_min(0).sqrt()
-    if y is None:
-        true_margin = right = torch.full_like(m, math.nan)
-    else:
-        at_y = d.gather(1, y[:, None]).squeeze(1)
-        right = (top == y).to(z.dtype)
+    at_y = torch.full_like(m, math.nan) if y is None else d.gather(1, y[:, None]).squeeze(1)
+    right = torch.full_like(m, math.nan) if y is None else (top == y).to(z.dtype)
     # exp(-200) is 0 in every sum here; the clamp keeps -inf logits (masked classes) out of 0 * inf
     d.clamp_(min=-200)
     e = d.exp()
@@ -107,8 +102,7 @@ def _tile(z: Tensor, y: Tensor | None) -> Tensor:
     residual = e.sum(dim=1)
     d.scatter_(1, top[:, None], -math.inf)
     second = d.amax(dim=1)
-    if y is not None:
-        true_margin = torch.where(right > 0, -second, at_y)
+    true_margin = torch.where(right == 0, at_y, -second + 0 * at_y)
     log1p = residual.log1p()
     p = 1 / (1 + residual)
     return torch.stack(

@@ -1,4 +1,4 @@
-"""What the user's own cross-entropy kernel did, row by row: zero losses, right answers, probability of the first choice.
+"""What the user's own cross-entropy kernel did, row by row: zero losses, right answers, mass of the first choice.
 
 Source: Prieto et al. (2025), the official code's ``zero_terms``: the share of samples whose loss is exactly 0.
 """

@@ -91,7 +91,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def _dense(t: Tensor) -> Tensor:
-    """This rank's values of a gradient or state: the local shard of a distributed tensor, the values of a sparse one."""
+    """This rank's values of a gradient or state: the shard of a distributed tensor, the values of a sparse one."""
     if type(t) is Tensor and t.layout is torch.strided:
         return t
     local = getattr(t, "_local_tensor", None)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from monitor.record.mode import Watcher
 from monitor.record.passes import logit_rows, loss_rows
+from monitor.record.private import saved
 from monitor.record.site import Site
 
 #: Read all rows up to this many logits; above it, about `ROWS` rows evenly spaced from a random start.
@@ -48,7 +49,9 @@ class LogitsSite(Site):
     def _classified(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, unknown: tuple[int, ...]) -> None:
         z = args[0] if args else kwargs.get("input")
         y = args[1] if len(args) > 1 else kwargs.get("target")
-        if not (isinstance(z, Tensor) and isinstance(y, Tensor) and isinstance(result, Tensor) and result.requires_grad):
+        if not (
+            isinstance(z, Tensor) and isinstance(y, Tensor) and isinstance(result, Tensor) and result.requires_grad
+        ):
             return
         if not self.rec.training or z.numel() == 0:
             return
@@ -122,7 +125,8 @@ class LogitsSite(Site):
 
 _NEEDS_CLASSES = tuple(logit_rows.STATS.index(s) for s in ("sum_true_margin", "collapsed"))
 _NEEDS_LOGITS = tuple(
-    logit_rows.STATS.index(s) for s in ("sum_norm", "max_norm", "sumsq", "sum_z", "max_z", "min_z", "sum_lse", "sumsq_lse")
+    logit_rows.STATS.index(s)
+    for s in ("sum_norm", "max_norm", "sumsq", "sum_z", "max_z", "min_z", "sum_lse", "sumsq_lse")
 )
 
 
@@ -133,13 +137,11 @@ def _loss_dtype(z: Tensor) -> torch.dtype:
 
 def _saved_log_probabilities(loss: Tensor) -> Tensor | None:
     """What the log-softmax node of ``loss`` has saved for backward, if it can be read without running anything."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return None
     node = loss.grad_fn
     for _ in range(6):
         if node is None:
             return None
         if type(node).__name__ == "LogSoftmaxBackward0":
-            return node._saved_result.detach()  # pyright: ignore[reportAttributeAccessIssue]
+            return saved(node, "result")
         node = next((n for n, _ in node.next_functions if n is not None), None)
     return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from monitor.record.mode import Watcher
+from monitor.record.private import saved
 from monitor.record.site import Site
 
 STATS = ("value", "micro_steps")
@@ -86,14 +87,7 @@ def _divisor(loss: Tensor) -> float:
     # (loss / accumulation) * scale: step over the GradScaler's multiplication
     if node is not None and type(node).__name__ == "MulBackward0":
         node = next((n for n, _ in node.next_functions if n is not None), None)
-    if node is None or type(node).__name__ != "DivBackward0" or not _readable():
+    if node is None or type(node).__name__ != "DivBackward0":
         return 1.0
-    other = getattr(node, "_saved_other", None)
-    if isinstance(other, Tensor) and other.numel() == 1 and other.device.type == "cpu":
-        return float(other)
-    return 1.0
-
-
-def _readable() -> bool:
-    """Reading a saved tensor under a saved-tensor hook would run the user's hook."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    other = saved(node, "other")
+    return float(other) if other is not None and other.numel() == 1 and other.device.type == "cpu" else 1.0

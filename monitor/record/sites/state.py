@@ -21,6 +21,7 @@ class StateSite(Site):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self._clip: Tensor | None = None
+        self._clip_epoch = 0
         self._unscaled = 0
         self._last = time.perf_counter()
         self._spent = 0.0
@@ -39,7 +40,9 @@ class StateSite(Site):
         tensors, factor = args[0], args[1]
         if isinstance(factor, Tensor) and factor.dim() == 0 and tensors and self.rec.is_gradient(tensors[0]):
             value = factor.detach().float()
-            self._clip = value if self._clip is None else self._clip * value.to(self._clip.device)
+            held = self._clip if self._clip_epoch == self.rec.epoch else None
+            self._clip = value if held is None else held * value.to(held.device)
+            self._clip_epoch = self.rec.epoch
 
     def _unscale(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         grads, inverse = args[0], args[2]
@@ -77,7 +80,3 @@ class StateSite(Site):
         values = torch.tensor([now - self._last, spent - self._spent])
         self._last, self._spent = now, spent
         self.rec.emit("clock", ("step_seconds", "monitor_seconds"), "", values)
-
-    def end(self) -> int:
-        """Updates that were skipped after the last row."""
-        return self._unscaled

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import streamlit as st
-from monitor.diagnosis.report import describe
 
+from monitor.diagnosis.report import describe
 from monitor.metric import Metric
 from monitor.rule import load_rules
 from monitor_dashboard import data, figures, markup, theme
@@ -26,7 +26,7 @@ DECADES = 100.0
 def page(view: View) -> None:
     """Draw the overview of one run."""
     if not view.run.steps:
-        st.html(markup.line("No step has been recorded yet."))
+        st.html(markup.line("No step has been recorded yet.") + markup.recording(view.run, view.warnings))
         return
     st.html(markup.verdict(view.verdict))
     charts, words = st.columns([0.7, 0.3], gap="medium")
@@ -46,7 +46,11 @@ def _series(view: View) -> tuple[int, int]:
         window = _window(view)
         signal = _choose(Key.SIGNAL, list(metrics), "logit_norm", 190) if metrics else None
         log = loss is not None and st.toggle(
-            "log loss", value=_decades(view, loss), key=Key.LOG, bind="query-params", width="content"
+            "log loss",
+            value=view.decades(data.main_column(loss)) > DECADES,
+            key=Key.LOG,
+            bind="query-params",
+            width="content",
         )
     panels = []
     if loss:
@@ -112,13 +116,6 @@ def _strips(view: View, panels: list[Panel], pins: list[Pin], window: tuple[int,
     )  # fmt: skip
 
 
-def _decades(view: View, loss: Metric) -> bool:
-    lines = _lines(view, loss, (view.run.first_step, view.run.last_step), log=True)
-    lows = [float(v) for line in lines.values() for v in line.low if v == v]
-    highs = [float(v) for line in lines.values() for v in line.high if v == v]
-    return bool(lows) and max(highs) >= DECADES * min(lows)
-
-
 def _lines(
     view: View, metric: Metric, window: tuple[int, int], *, log: bool, only: str | None = None
 ) -> dict[str, Line]:
@@ -149,11 +146,14 @@ def _pins(view: View, window: tuple[int, int]) -> list[Pin]:
     rules = load_rules()
     for i, incident in enumerate(view.verdict.incidents, start=1):
         for finding in incident.findings:
-            if finding.first_step <= window[1] and finding.last_step >= window[0]:
+            rule = rules.get(finding.rule)
+            seen = finding.first_step <= window[1] and finding.last_step >= window[0]
+            if seen and (rule is None or rule.audit is None):  # a fact has no step
                 first, last = max(finding.first_step, window[0]), min(finding.last_step, window[1])
                 head = finding is incident.head
-                text = f"{finding.title}: {describe(finding, rules.get(finding.rule))}"
-                pin = Pin(first, last, finding.severity, str(i) if head else "", text)
+                pin = Pin(
+                    first, last, finding.severity, str(i) if head else "", f"{finding.title}: {describe(finding, rule)}"
+                )
                 (heads if head else others).append(pin)
     return (heads + others)[:MAX_PINS]
 
@@ -209,7 +209,7 @@ def _incidents(view: View) -> None:
         st.html(markup.line("None found."))
     rules = load_rules()
     for i, incident in enumerate(incidents, start=1):
-        with st.expander(markup.incident_label(i, incident), expanded=i == 1):
+        with st.expander(markup.incident_label(i, incident, rules), expanded=i == 1):
             st.html(markup.incident(incident, rules))
             first = min(f.first_step for f in incident.findings)
             last = max(f.last_step for f in incident.findings)
@@ -222,7 +222,7 @@ def _incidents(view: View) -> None:
 
 def _recording(view: View) -> None:
     """What recording cost and what it missed."""
-    st.html(markup.heading("Recording") + markup.recording(view.run))
+    st.html(markup.heading("Recording") + markup.recording(view.run, view.warnings))
     if view.verdict.unjudged:
         with st.expander(f"Not judged · {len(view.verdict.unjudged)}"):
             st.html(markup.table(view.verdict.unjudged.items(), words=True))

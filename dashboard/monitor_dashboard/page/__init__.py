@@ -1,7 +1,11 @@
-"""What a page is, and how pages are found: one file of ``monitor_dashboard/pages`` each, nothing else is edited."""
+"""What a page is, and how pages are found: one file of this folder each, nothing else is edited.
+
+It must not be called ``pages``: Streamlit takes the files of a folder of that name beside a script for scripts.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +29,5 @@ class Page:
 
 
 def load_pages() -> list[Page]:
-    """Every page, in order: the ``PAGE`` of each file of ``monitor_dashboard/pages``."""
-    from monitor_dashboard import pages
-
-    return sorted((module.PAGE for _, module in walk(pages)), key=lambda page: page.order)
+    """Every page, in order: the ``PAGE`` of each file of this folder."""
+    return sorted((module.PAGE for _, module in walk(sys.modules[__name__])), key=lambda page: page.order)

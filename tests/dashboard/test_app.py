@@ -1,0 +1,216 @@
+"""The page's logic, without a browser: what is said, what the address means, what a broken folder shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import monitor_dashboard
+from monitor_dashboard import data
+from monitor_dashboard.keys import Key
+from monitor_dashboard.page import load_pages
+
+APP = Path(monitor_dashboard.__file__).parent / "app.py"
+EVIL = "blocks.<img src=http://192.0.2.1/x>.:material/home:"
+
+
+@pytest.fixture
+def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
+    """Runs the script on a folder, with an address."""
+
+    def run(folder: Path, **address: str) -> AppTest:
+        monkeypatch.setenv(data.RUNS_VARIABLE, str(folder))
+        app = AppTest.from_file(str(APP), default_timeout=30)
+        for name, value in address.items():
+            app.query_params[name.rstrip("_")] = value
+        return app.run()
+
+    return run
+
+
+def said(app: AppTest) -> str:
+    """All text of the page."""
+    assert not app.exception, app.exception
+    return "\n".join(h.body for h in app.html) + "\n".join(e.label for e in app.expander)
+
+
+def charts(app: AppTest) -> list[dict]:
+    """The figures on the page, from the top."""
+    return [json.loads(c.proto.spec) for c in app.get("plotly_chart")]
+
+
+def test_page_of_a_sick_run(scripted, show, tmp_path: Path) -> None:
+    """Oracle: planted fault (a loss spike at step 200)."""
+    scripted(tmp_path / "sick", spike=200).train(300).finish()
+    app = show(tmp_path)
+    text = said(app)
+    assert 'class="mon-verdict level-' in text
+    assert "loss" in app.expander[0].label.lower()
+    assert "200" in text
+    assert "What to do" in text
+    assert "1.2%" in text  # the overhead, as it was measured
+    figures = charts(app)
+    assert len(figures) == 3
+    pins = [t for t in figures[0]["data"] if t.get("yaxis") == "y20"]
+    assert any("1" in t.get("text", []) for t in pins)
+    assert len(figures[1]["data"]) == 2 + 8  # two maps, and a row to click per tensor
+    assert app.selectbox(key=Key.METRIC).value == "grad_norm"
+    assert {"grad_norm", "update_ratio", "param_norm"} <= set(app.selectbox(key=Key.METRIC).options)
+
+
+def test_healthy_run_says_so(scripted, show, tmp_path: Path) -> None:
+    scripted(tmp_path / "well").train(300).finish()
+    text = said(show(tmp_path / "well"))
+    assert "level-healthy" in text
+    assert "None found." in text
+
+
+def test_address_sets_steps_and_module(scripted, show, tmp_path: Path) -> None:
+    scripted(tmp_path / "a").train(300).finish()
+    app = show(tmp_path, from_="50", to="99", module="blocks.2.mlp.weight", metric="param_norm")
+    assert not app.exception
+    low, high = charts(app)[0]["layout"]["xaxis"]["range"]
+    assert 49 <= low <= 50
+    assert 99 <= high <= 100
+    assert app.selectbox(key=Key.MODULE).value == "blocks.2.mlp.weight"
+    assert app.selectbox(key=Key.METRIC).value == "param_norm"
+    app.button(key=Key.WHOLE).click().run()
+    assert charts(app)[0]["layout"]["xaxis"]["range"][1] > 299
+
+
+@pytest.mark.parametrize(
+    "address", [{"from_": "5000"}, {"from_": "90", "to": "10"}, {"from_": "x"}, {"module": "none"}]
+)
+def test_foolish_address_shows_the_whole_run(scripted, show, tmp_path: Path, address: dict[str, str]) -> None:
+    scripted(tmp_path / "a").train(100).finish()
+    app = show(tmp_path, **address)
+    assert not app.exception
+    assert charts(app)[0]["layout"]["xaxis"]["range"][1] > 99
+
+
+def test_address_cannot_leave_the_folder(scripted, show, tmp_path: Path) -> None:
+    scripted(tmp_path / "runs" / "a").train(10).finish()
+    scripted(tmp_path / "secret").train(10).finish()
+    app = show(tmp_path / "runs", run="../secret")
+    assert app.selectbox(key=Key.RUN).value == "a"
+
+
+def test_newest_run_first_and_nested_runs_named_by_path(scripted, show, tmp_path: Path) -> None:
+    scripted(tmp_path / "x" / "same").train(10).finish()
+    scripted(tmp_path / "y" / "same").train(10).finish()
+    assert sorted(show(tmp_path).selectbox(key=Key.RUN).options) == ["x/same", "y/same"]
+
+
+def test_map_marks_nan(scripted, show, tmp_path: Path) -> None:
+    """Oracle: planted fault (a NaN gradient in the second tensor at step 40)."""
+    scripted(tmp_path / "a", nan=40).train(80).finish()
+    app = show(tmp_path)
+    assert "NaN" in said(app) or "non-finite" in said(app).lower()
+    assert app.selectbox(key=Key.MODULE).value == "blocks.0.mlp.weight"
+
+
+def test_hostile_names_are_shown_as_text(scripted, show, tmp_path: Path) -> None:
+    modules = ("a.weight", EVIL)
+    scripted(tmp_path / "r<b>u", modules=modules, nan=40).train(80).finish()
+    app = show(tmp_path)
+    text = said(app)
+    assert "<img" not in text
+    assert ":material/home:" not in "".join(e.label for e in app.expander)
+    for figure in app.get("plotly_chart"):
+        assert "<img" not in figure.proto.spec
+
+
+def empty(path: Path) -> None:
+    path.mkdir()
+
+
+def foreign(path: Path) -> None:
+    path.mkdir()
+    (path / "events.out").write_bytes(b"\x00")
+
+
+def not_json(path: Path) -> None:
+    path.mkdir()
+    (path / "run.json").write_text("{")
+
+
+def newer(path: Path) -> None:
+    path.mkdir()
+    (path / "run.json").write_text('{"schema": 99}')
+
+
+@pytest.mark.parametrize("make", [empty, foreign, not_json, newer, lambda path: None])
+def test_unreadable_folder_is_one_line(make: Callable[[Path], None], show, tmp_path: Path) -> None:
+    make(tmp_path / "x")
+    app = show(tmp_path / "x")
+    text = said(app)
+    assert text.count("No run to show") == 1
+    assert "Traceback" not in text
+
+
+def test_run_without_steps(scripted, show, tmp_path: Path) -> None:
+    run = scripted(tmp_path / "a")
+    assert "No step has been recorded yet" in said(show(tmp_path))
+    run.writer.close("interrupted")
+
+
+def test_damaged_part_is_named_and_the_rest_shown(scripted, show, tmp_path: Path) -> None:
+    path = scripted(tmp_path / "a").train(100).finish()
+    (part,) = (path / "rank0" / "series").iterdir()
+    part.write_bytes(part.read_bytes()[:-50])
+    text = said(show(tmp_path))
+    assert part.name in text
+
+
+def test_live_run_can_be_paused(scripted, show, tmp_path: Path) -> None:
+    run = scripted(tmp_path / "a").train(60)
+    app = show(tmp_path)
+    assert "recording" in said(app)
+    assert app.toggle(key=Key.LIVE).value is True
+    app.toggle(key=Key.LIVE).set_value(False).run()
+    assert not app.exception
+    run.finish()
+    app.run()
+    assert "finished" in said(app)
+
+
+def test_reading_is_cached_until_something_is_written(scripted, tmp_path: Path) -> None:
+    run = scripted(tmp_path / "a").train(20)
+    first = data.view(run.path)
+    assert data.view(run.path) is first
+    assert first.line("loss.value", "", 0, 19, False) is first.line("loss.value", "", 0, 19, False)
+    run.train(1)
+    assert data.view(run.path).run.last_step == 20
+    shutil.copytree(run.path, tmp_path / "b")
+    assert data.view(tmp_path / "b") is not first
+    run.finish()
+
+
+def test_every_page_is_found() -> None:
+    titles = [p.title for p in load_pages()]
+    assert titles[0] == "Overview"
+    assert len(set(titles)) == len(titles)
+
+
+def test_imports_neither_torch_nor_the_command_line() -> None:
+    code = (
+        "import sys, pkgutil, importlib, monitor_dashboard as d\n"
+        "for m in pkgutil.walk_packages(d.__path__, 'monitor_dashboard.'):\n"
+        "    m.name.endswith('.app') or importlib.import_module(m.name)\n"
+        "print([m for m in ('torch', 'typer', 'monitor_cli', 'duckdb') if m in sys.modules])"
+    )
+    path = [str(Path(monitor_dashboard.__file__).parents[1]), str(Path(data.__file__).parents[2])]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,299 @@
+"""The fused reductions against closed forms and dense float64 references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from monitor.record.passes import distance, logit_rows, loss_rows, update
+from monitor.record.passes.gradient import THETA, Scratch, gradient_stats, spike_stats
+from monitor.record.passes.input import input_stats
+
+
+def stats(z: Tensor, y: Tensor | None = None, dtype: torch.dtype = torch.float32, valid: Tensor | None = None) -> dict:
+    values = logit_rows.logit_rows(z, y, dtype, valid)
+    return dict(zip(logit_rows.STATS, values.tolist(), strict=True))
+
+
+def reference(z: Tensor, y: Tensor, u: float) -> dict[str, float]:
+    """A naive float64 transcription of the definitions, one row after another."""
+    out = dict.fromkeys(
+        ("sum_norm", "sum_cnorm", "sum_rowstd", "sum_margin", "sum_true_margin", "sum_lse", "sumsq_lse", "sum_entropy",
+         "sum_top1", "collapsed", "collapsed_any", "sumsq", "sum_z"), 0.0
+    )  # fmt: skip
+    heads = []
+    for row, target in zip(z.double(), y.tolist(), strict=True):
+        order = row.sort(descending=True).values
+        p = row.softmax(0)
+        rest = torch.cat((row[: row.argmax()], row[row.argmax() + 1 :]))
+        residual = (rest - row.max()).exp().sum().item()
+        others = torch.cat((row[:target], row[target + 1 :]))
+        lse = row.logsumexp(0).item()
+        out["sum_norm"] += row.norm().item()
+        out["sum_cnorm"] += (row - row.mean()).norm().item()
+        out["sum_rowstd"] += row.std(unbiased=False).item()
+        out["sumsq"] += row.square().sum().item()
+        out["sum_z"] += row.sum().item()
+        out["sum_margin"] += (order[0] - order[1]).item()
+        out["sum_true_margin"] += (row[target] - others.max()).item()
+        out["sum_lse"] += lse
+        out["sumsq_lse"] += lse**2
+        out["sum_entropy"] += -(p * p.clamp_min(1e-300).log()).sum().item()
+        out["sum_top1"] += p.max().item()
+        out["collapsed"] += residual <= u and int(row.argmax()) == target
+        out["collapsed_any"] += residual <= u
+        heads.append(math.log(residual) - math.log(u) if residual else -math.inf)
+    out["headroom_q50"] = sorted(heads)[math.ceil(0.5 * len(heads)) - 1]
+    out["headroom_q05"] = sorted(heads)[math.ceil(0.05 * len(heads)) - 1]
+    return out
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(7, 3), (64, 10), (33, 513), (300, 2000)])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+def test_logit_rows_against_float64(rows: int, classes: int, scale: float) -> None:
+    """Oracle: naive transcription. float32 sums of up to 2,000 terms: 1e-5 relative, 1e-4 absolute near zero."""
+    g = torch.Generator().manual_seed(rows)
+    z, y = torch.randn(rows, classes, generator=g) * scale, torch.randint(0, classes, (rows,), generator=g)
+    got, want = stats(z, y), reference(z, y, 2.0**-24)
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value, rel=2e-5, abs=2e-4 * rows), name
+    assert got["max_norm"] == pytest.approx(z.double().norm(dim=1).max().item(), rel=1e-6)
+    assert (got["max_z"], got["min_z"]) == (z.max().item(), z.min().item())
+    assert (got["n"], got["classes"]) == (rows, classes)
+
+
+def test_logit_norm_of_three_four() -> None:
+    """Oracle: closed form. The norm of (3, 4) is 5; of (3, 4) minus its mean, sqrt(1/2)."""
+    s = stats(torch.tensor([[3.0, 4.0]]))
+    assert s["sum_norm"] == 5
+    assert s["sum_cnorm"] == pytest.approx(math.sqrt(0.5), rel=1e-6)
+    assert math.isnan(s["sum_true_margin"])
+
+
+def test_scale_family() -> None:
+    """Oracle: closed form. z = (3, 0, 0, 0): row std 1.299038, margin 3, rms 1.5; (ln 3, 0): entropy 0.562335."""
+    s = stats(torch.tensor([[3.0, 0, 0, 0]]), torch.tensor([0]))
+    assert s["sum_rowstd"] == pytest.approx(1.2990381, rel=1e-6)
+    assert s["sum_margin"] == s["sum_true_margin"] == 3
+    assert math.sqrt(s["sumsq"] / 4) == pytest.approx(1.5)
+    assert stats(torch.tensor([[math.log(3), 0.0]]))["sum_entropy"] == pytest.approx(0.562335, abs=1e-6)
+    assert stats(torch.zeros(1, 50257))["sum_lse"] == pytest.approx(10.824905, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "two", "many"),
+    [(torch.float64, 36.75, 41.4553), (torch.float32, 16.65, 21.3540), (torch.float16, 7.65, 12.3431),
+     (torch.bfloat16, 5.55, 10.2637)],
+)  # fmt: skip
+def test_collapse_begins_where_the_format_absorbs(dtype: torch.dtype, two: float, many: float) -> None:
+    """Oracle: closed form. Two classes (d, 0) collapse iff d >= p ln 2; 113 equal rivals iff d >= ln 112 + p ln 2."""
+
+    def collapsed(d: float, classes: int) -> float:
+        z = torch.zeros(1, classes, dtype=torch.float64)
+        z[0, 0] = d
+        return stats(z, torch.tensor([0]), dtype)["collapsed"]
+
+    grid = [round(0.05 * i, 2) for i in range(900)]
+    assert next(d for d in grid if collapsed(d, 2)) == pytest.approx(two)
+    assert collapsed(many - 1e-3, 113) == 0
+    assert collapsed(many + 1e-3, 113) == 1
+    assert stats(torch.tensor([[50.0, 0.0]]), torch.tensor([1]))["collapsed"] == 0
+    assert stats(torch.tensor([[50.0, 0.0]]), torch.tensor([1]))["collapsed_any"] == 1
+
+
+def test_headroom_in_each_dtype() -> None:
+    """Oracle: closed form. z = (10, 0): R = 4.53999e-5, headroom 6.6355 (fp32), -2.3754 (fp16), -4.4548 (bf16)."""
+    z = torch.tensor([[10.0, 0.0]])
+    for dtype, want in ((torch.float32, 6.6355), (torch.float16, -2.3754), (torch.bfloat16, -4.4548)):
+        assert stats(z, dtype=dtype)["headroom_q50"] == pytest.approx(want, abs=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 30), st.integers(0, 2**31), st.floats(-1e3, 1e3))
+def test_logit_rows_invariances(rows: int, classes: int, seed: int, shift: float) -> None:
+    """Oracle: invariance. A shift of a row changes no probability; ignored rows, order of rows neither."""
+    g = torch.Generator().manual_seed(seed)
+    z, y = torch.randn(rows, classes, generator=g, dtype=torch.float64), torch.randint(0, classes, (rows,), generator=g)
+    base = stats(z, y)
+    shifted = stats(z + shift, y)
+    for name in ("sum_entropy", "sum_margin", "sum_true_margin", "sum_top1", "headroom_q50", "sum_cnorm", "collapsed"):
+        assert shifted[name] == pytest.approx(base[name], rel=1e-6, abs=1e-6), name
+    noise = torch.cat((z, 100 * torch.randn(3, classes, generator=g, dtype=torch.float64)))
+    kept = torch.arange(rows + 3) < rows
+    masked = stats(noise, torch.cat((y, torch.tensor([-100] * 3))), valid=kept)
+    assert masked == pytest.approx(base, rel=1e-6)
+    assert stats(z.flip(0), y.flip(0)) == pytest.approx(base, rel=1e-6)
+
+
+def test_tiles_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: invariance. Cutting the rows into tiles gives the same statistics."""
+    z, y = torch.randn(50, 40), torch.randint(0, 40, (50,))
+    whole = stats(z, y)
+    monkeypatch.setattr(logit_rows, "TILE", 120)
+    assert stats(z, y) == pytest.approx(whole, rel=1e-6)
+
+
+def test_infinite_and_nan_logits() -> None:
+    """Oracle: definition. A class masked with -inf is one that is not there; a NaN logit makes NaN, never 0."""
+    z = torch.randn(4, 6)
+    masked = torch.cat((z, torch.full((4, 2), -math.inf)), 1)
+    a, b = stats(z), stats(masked)
+    for name in ("sum_entropy", "sum_lse", "sum_top1", "headroom_q50", "sum_margin"):
+        assert b[name] == pytest.approx(a[name], rel=1e-6), name
+    assert math.isinf(b["sum_norm"])
+    z[0, 0] = math.nan
+    assert math.isnan(stats(z)["sum_entropy"])
+    assert math.isnan(stats(z)["max_z"])
+
+
+def test_loss_rows_reads_what_the_kernel_did() -> None:
+    """Oracle: independent library. Zeros and right answers as torch's own unreduced loss and argmax give them."""
+    g = torch.Generator().manual_seed(0)
+    z, y = torch.randn(500, 59, generator=g) * 12, torch.randint(0, 59, (500,), generator=g)
+    z[torch.arange(200), y[:200]] += 40
+    y[::7] = -100
+    n, zero, correct, top1 = loss_rows.loss_rows(z.log_softmax(1), y, -100).tolist()
+    kept = y != -100
+    assert n == kept.sum()
+    assert zero == ((F.cross_entropy(z, y, reduction="none") == 0) & kept).sum()
+    assert correct == ((z.argmax(1) == y) & kept).sum()
+    assert top1 == pytest.approx(z.softmax(1).amax(1)[kept].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("value", "count"), [(1e-24, 1000), (1e-38, 7), (1e30, 50), (3.0, 4)])
+def test_gradient_norm_over_the_whole_range(value: float, count: int) -> None:
+    """Oracle: closed form. The norm of n equal elements x is sqrt(n) x, also where squares under- or overflow."""
+    norm, peak, bad = gradient_stats([torch.full((count,), value)])[0].tolist()
+    assert norm == pytest.approx(math.sqrt(count) * value, rel=1e-5)
+    assert peak == pytest.approx(value, rel=1e-6)
+    assert bad == 0
+
+
+def test_gradient_non_finite_is_counted_and_kept() -> None:
+    """Oracle: planted fault. Two NaN and one inf are three; norm and peak stay non-finite."""
+    g = torch.ones(100)
+    g[3] = g[5] = math.nan
+    inf = torch.ones(50)
+    inf[7] = -math.inf
+    (n1, p1, b1), (n2, p2, b2), (n3, _, b3) = gradient_stats([g, inf, torch.ones(4)]).tolist()
+    assert math.isnan(n1)
+    assert math.isnan(p1)
+    assert (b1, n2, p2, b2, n3, b3) == (2, math.inf, math.inf, 1, 2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_norms_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """Oracle: dense float64 reference. 16-bit gradients, 16-bit accumulation would be off by per cents."""
+    g = torch.randn(10000).to(dtype)
+    assert gradient_stats([g])[0, 0].item() == pytest.approx(g.double().norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.99, 0.999])
+def test_spikes_seen_after_the_step_are_those_before_it(beta2: float) -> None:
+    """Oracle: naive transcription of SPAM's rule with the second moment before the step, bias-corrected, in float64."""
+    torch.manual_seed(0)
+    shapes = [(3000,), (60, 90), (7,)]
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    opt = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, beta2))
+    scratch, found = Scratch(), 0
+    for t in range(90):
+        before = [opt.state[p]["exp_avg_sq"].double().clone() if t else None for p in params]
+        for p in params:
+            p.grad = torch.randn(p.shape)
+            if t > 40 and t % 9 == 0:
+                p.grad.view(-1)[:50] *= torch.logspace(0, 4, 50)[: p.numel()]
+        opt.step()
+        if t < 20:
+            continue
+        grads = [p.grad for p in params if p.grad is not None]
+        got = spike_stats(grads, [opt.state[p]["exp_avg_sq"] for p in params], beta2, t + 1, scratch)
+        for i, (g, v) in enumerate(zip(grads, before, strict=True)):
+            assert v is not None
+            ratio = g.double() ** 2 / (v / (1 - beta2**t))
+            spiked = ratio > THETA
+            found += int(spiked.sum())
+            assert got[i, 0].item() == spiked.sum().item()
+            if spiked.any():
+                known = ratio[ratio < 1e6].max().item()  # beyond, v before the step is lost to rounding
+                assert got[i, 1].item() >= known * 0.99
+                if ratio.max() < 1e6:
+                    assert got[i, 1].item() == pytest.approx(known, rel=1e-2)
+    assert found > 40
+
+
+def test_spike_threshold_and_untouched_elements() -> None:
+    """Oracle: closed form. v-hat = 1: 71 is spiked (5,041 > 5,000), 70 is not; a first gradient of 5 is not either."""
+    beta2, n = 0.999, 10_001
+    correction = 1 - beta2 ** (n - 1)
+    for value, spiked in ((71.0, 1), (70.0, 0)):
+        g = torch.zeros(10)
+        g[0], g[1] = value, 5.0
+        v = torch.full((10,), correction)
+        v[0] = beta2 * correction + (1 - beta2) * value**2
+        v[1] = (1 - beta2) * 25
+        count, ratio = spike_stats([g], [v], beta2, n, Scratch())[0].tolist()
+        assert count == spiked
+        assert ratio == pytest.approx(value**2 if spiked else 0, rel=1e-3)
+
+
+def test_update_is_the_true_change() -> None:
+    """Oracle: dense float64 reference, over three steps, so that the kept copy is right each time."""
+    torch.manual_seed(0)
+    now = [torch.randn(50, 40), torch.randn(9)]
+    held = [w.clone() for w in now]
+    for _ in range(3):
+        old = [w.double() for w in now]
+        for w in now:
+            w.add_(torch.randn_like(w) * 1e-3)
+        got = update.update_stats(held, now)
+        for i, (a, b) in enumerate(zip(old, now, strict=True)):
+            assert got[i, 0].item() == pytest.approx((b.double() - a).norm().item(), rel=1e-4)
+            assert got[i, 1].item() == pytest.approx(b.double().norm().item(), rel=1e-6)
+
+
+def test_distance_of_small_tensors_is_exact() -> None:
+    """Oracle: closed form. Every one of 1,000 elements moved by 0.5: squared distance 250, no variance."""
+    p = torch.zeros(1000)
+    start = distance.sample(p).clone()
+    p += 0.5
+    assert distance.distance_stats(distance.sample(p), start, 1000).tolist() == [250, 0, 1]
+
+
+def test_distance_estimate_is_unbiased_and_knows_its_error() -> None:
+    """Oracle: dense float64 reference. Mean error within 4 standard errors; stated error as scattered.
+
+    60 draws fix a standard deviation to about 10 %, so 35 % is generous.
+    """
+    errors, stated = [], []
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        start = torch.zeros(400, 1000)
+        now = torch.randn(400, 1000, generator=g) * torch.rand(400, 1, generator=g)
+        sumsq, var, exact = distance.distance_stats(distance.sample(now), distance.sample(start), now.numel()).tolist()
+        errors.append(sumsq - now.double().square().sum().item())
+        stated.append(math.sqrt(var))
+        assert exact == 0
+    scatter = torch.tensor(errors).std().item()
+    assert abs(sum(errors) / 60) < 4 * scatter / math.sqrt(60)
+    assert sum(stated) / 60 == pytest.approx(scatter, rel=0.35)
+
+
+def test_input_statistics_and_fingerprint() -> None:
+    """Oracle: closed form, and invariance: equal batches have equal fingerprints, one changed element another."""
+    x = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
+    n, sumsq, peak, bad, mark = input_stats(x).tolist()
+    assert (n, sumsq, peak, bad) == (4, 25, 4, 0)
+    assert input_stats(x.clone())[4] == mark
+    assert input_stats(x.flip(1))[4] != mark
+    assert mark == int(mark) < 2**24
+    tokens = torch.arange(12).view(3, 4)
+    assert input_stats(tokens).shape == (1,)
+    x[0, 0] = math.nan
+    assert input_stats(x)[3] == 1
+    assert math.isnan(input_stats(x)[2])

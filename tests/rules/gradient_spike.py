@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from math import inf, nan, sin
+
+from monitor.block import ColumnBlock
+from tests.rules.series import Case, column
+
+W = ("first.weight", "last.weight")
+WAVE = [1.0 + 0.1 * sin(2.4 * t) for t in range(200)]
+
+
+def norms(at: int, first: float, last: float) -> ColumnBlock:
+    rows = [[x, 2 * x] for x in WAVE]
+    rows[at] = [first, last]
+    return column("grad_norm.norm", rows, W)
+
+
+def elements(at: int, ratio: float, share: float) -> tuple[ColumnBlock, ...]:
+    """Of the first weight: g²/v of the largest element, and what part of the energy it holds, at one step."""
+    ratios, largest = [[50.0, 50.0] for _ in WAVE], [[0.1 * x, 0.2 * x] for x in WAVE]
+    ratios[at][0], largest[at][0] = ratio, share**0.5 * WAVE[at]
+    return column("spam_spike.ratio", ratios, W), column("grad_norm.max_abs", largest, W)
+
+
+CASES = (
+    Case("×100 in both: in order of execution", (norms(150, 100, 200),), ((W[0], 150), (W[1], 150)), "warning"),
+    Case("×100 in the last only", (norms(150, 1, 200),), ((W[1], 150),)),
+    Case("near miss: 4.9 times the median", (norms(150, 4.9, 2),)),
+    Case(
+        "near miss: 20 times the median, but the norm is as wild as that every few steps",
+        (column("grad_norm.norm", [10 ** (1.3 * sin(2.4 * t)) for t in range(150)] + [20.0], ("w",)),),
+    ),
+    Case("near miss: 19 points are no baseline", (column("grad_norm.norm", [1.0] * 19 + [99.0], ("w",)),)),
+    Case("20 are", (column("grad_norm.norm", [1.0] * 20 + [99.0], ("w",)),), (("w", 20),)),
+    Case("one element 71 times its usual size, with half of the energy", (norms(0, 1, 2), *elements(150, 5041, 0.5)), ((W[0], 150),)),
+    Case("near miss: 70 times", (norms(0, 1, 2), *elements(150, 4900, 0.5))),
+    Case("near miss: a rare embedding row, 1e6 times but a tenth of the energy", (norms(0, 1, 2), *elements(150, 1e6, 0.1))),
+    Case(
+        "gaps: a module that is used in every second step, the other never after step 60",
+        (
+            column(
+                "grad_norm.norm",
+                [[x if t % 2 else None, 1.0 if t < 60 else None] for t, x in enumerate([*WAVE[:151], 100.0])],
+                W,
+            ),
+        ),
+        ((W[0], 151),),
+    ),
+    Case("constant", (column("grad_norm.norm", [[0.0, 1.0]] * 200, W),)),
+    Case(
+        "non-finite: neither a spike itself nor part of a baseline",
+        (column("grad_norm.norm", [*WAVE[:140], nan, inf, *WAVE[142:150], 100.0], ("w",)),),
+        (("w", 150),),
+    ),
+)  # fmt: skip

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from typing import Any
+
+from tests.rules.series import Case
+
+
+def facts(*parameters: dict[str, Any], optimizers: int = 1) -> dict[str, Any]:
+    basic = {"shape": [4], "dtype": "float32", "numel": 4, "trainable": True, "optimizer": 0, "group": 0, "tied_to": []}
+    return {
+        "modules": [],
+        "parameters": [basic | p for p in parameters],
+        "optimizers": [{"class": "SGD", "groups": [{"lr": 0.1}]}] * optimizers,
+    }
+
+
+OUT = {"optimizer": None, "group": None}
+CASES = (
+    Case(
+        "two of three forgotten",
+        found=(("b", 0), ("c", 0)),
+        severity="warning",
+        facts=facts({"name": "a"}, {"name": "b", **OUT}, {"name": "c", **OUT}),
+    ),
+    Case("near miss: frozen", facts=facts({"name": "a"}, {"name": "b", "trainable": False, **OUT})),
+    Case("near miss: tied to one that is optimized", facts=facts({"name": "a"}, {"name": "b", "tied_to": ["a"], **OUT})),
+    Case("gaps: no optimizer has stepped yet", facts=facts({"name": "a", **OUT}, optimizers=0)),
+    Case("gaps: no facts at all"),
+    Case("constant: everything in its place", facts=facts({"name": "a"}, {"name": "b"})),
+    Case("non-finite: an empty parameter counts too", found=(("e", 0),), facts=facts({"name": "e", "numel": 0, **OUT})),
+)
