@@ -16,6 +16,8 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
+	@# without what they ask for: a torchvision built for another torch, which then breaks transformers
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch
 	@touch $@
 
 run: $(READY) ## Train two models that go wrong, recorded, and inspect both (30 s)
@@ -29,8 +31,8 @@ test: $(READY) ## Run the tests (slow ones too: make test ARGS='-m ""')
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(READY) ## What CI runs: format, lint, types, generated docs, tests
-	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
 	@$(BIN)/pyright --warnings
 	@$(BIN)/python -m monitor_cli.docs --check
 	@$(BIN)/python -m pytest

@@ -1,0 +1,1 @@
+"""The command line ``monitor``: one file per command. Imports the library, and never the dashboard."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import sys
 from typing import Annotated
 
@@ -61,6 +62,6 @@ def main() -> None:
     """Run the command line and exit."""
     codecs.register_error("monitor.ascii", _ascii)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="monitor.ascii")
     app()

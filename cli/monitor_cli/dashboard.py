@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +84,7 @@ def command(port: int) -> list[str]:
         "browser.serverAddress": HOST,
         "browser.gatherUsageStats": "false",
         "client.toolbarMode": "viewer",
+        "logger.level": "warning",
     }
     # -P: a monitor.py or streamlit.py in the working folder is not ours
     return [sys.executable, "-P", "-m", "streamlit", "run", str(app), *(f"--{k}={v}" for k, v in flags.items())]
@@ -122,10 +124,10 @@ def _wait_until_served(process: subprocess.Popen[bytes], port: int) -> None:
             raise MonitorError(f"the dashboard's server ended with code {process.returncode} before it answered")
         try:
             # not urllib: a proxy from the environment must not be asked for this machine
-            connection = http.client.HTTPConnection(HOST, port, timeout=2)
-            connection.request("GET", "/_stcore/health")
-            if connection.getresponse().status == 200:
-                return
+            with closing(http.client.HTTPConnection(HOST, port, timeout=2)) as connection:
+                connection.request("GET", "/_stcore/health")
+                if connection.getresponse().status == 200:
+                    return
         except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.1)

@@ -86,7 +86,7 @@ def _markdown(doc: str) -> Iterable[str]:
             yield ""
         if heading:
             yield from (f"### {heading}", "")
-        yield text if text.startswith(" ") else _prose(text)
+        yield text.replace("``", "") if text.startswith(" ") else _prose(text)
 
 
 def _prose(text: str) -> str:

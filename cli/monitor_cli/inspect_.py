@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from monitor.errors import RunFormatError, UsageError
-from monitor_cli.common import Debug, reported, runs_folder, show
+from monitor_cli.common import Debug, console, reported, runs_folder, show
 
 if TYPE_CHECKING:
     from monitor.store.run import Run
@@ -74,7 +74,9 @@ def _choose(path: Path) -> tuple[Run, list[Path]]:
     if not path.is_dir():
         raise RunFormatError(f"{path} is no folder; give a run or a folder of runs")
     runs = find_runs(path)
-    if runs == [path] or not runs:
+    if not runs:
+        raise RunFormatError(f"{path.resolve()} holds no run; `monitor run SCRIPT` records one")
+    if runs == [path]:
         return open_run(path), []
     error: RunFormatError | None = None
     for candidate in runs:
@@ -82,7 +84,8 @@ def _choose(path: Path) -> tuple[Run, list[Path]]:
             return open_run(candidate), runs
         except RunFormatError as e:
             error = error or e
-    raise error or RunFormatError(f"{path} holds no run")
+    assert error is not None
+    raise error
 
 
 def _watched(run: Run, everything: bool) -> View:

@@ -1,14 +1,14 @@
 """What ``monitor inspect --json`` prints: schema 1, one object.
 
     schema      1. Keys may be added within a schema; none changes its meaning or goes
-    run         the run: path, name, status, live, model, parameters, script, started (ISO 8601, UTC), seconds, attempts,
+    run         path, name, status, live, model, parameters, script, started (ISO 8601, UTC), seconds, attempts,
                 first_step, last_step, error, overhead (as measured), absent (what, why), warnings, numbers (the
                 table of the screen: series, module, unit, n, nonfinite, first, last, min, max)
     steps       recorded steps
     verdict     level ("healthy", "info", "warning", "critical", "not_enough_evidence") and text
     incidents   worst first: severity, head (a finding), consequences (findings), remedies of the head (text,
                 import_path), refute (what would show the head to be wrong)
-    findings    every finding of every incident: rule, title, severity, site, module ("" is the whole run), attempt,
+    findings    every finding, the earliest first: rule, title, severity, site, module ("" is the whole run), attempt,
                 first_step, last_step, peak_step, open, count, value, threshold, evidence (name -> number), order, text
                 (one sentence), thresholds (name, value, unit, source: where the threshold comes from), experimental
     unjudged    rule -> why it could not decide
@@ -23,6 +23,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from datetime import UTC
 from typing import Any
 
 from monitor.diagnosis.finding import Finding, Incident
@@ -50,12 +51,12 @@ def document(view: View) -> dict[str, Any]:
             "model": view.model,
             "parameters": view.parameters,
             "script": run.info["script"],
-            "started": view.started.isoformat() if view.started else None,
+            "started": view.started.astimezone(UTC).isoformat() if view.started else None,
             "seconds": view.seconds,
             "attempts": run.attempts,
             "first_step": run.first_step,
             "last_step": run.last_step,
-            "error": run.info["attempts"][-1]["error"] if run.info["attempts"] else None,
+            "error": view.error,
             "overhead": dict(view.overhead),
             "absent": [{"what": what, "why": why} for what, why in view.absent],
             "warnings": list(run.warnings),
@@ -64,7 +65,7 @@ def document(view: View) -> dict[str, Any]:
         "steps": run.steps,
         "verdict": {"level": verdict.level, "text": verdict.text},
         "incidents": [_incident(view, i) for i in verdict.incidents],
-        "findings": [_finding(view, f) for i in verdict.incidents for f in i.findings],
+        "findings": [_finding(view, f) for f in run.findings()],
         "unjudged": dict(verdict.unjudged),
     }
 
@@ -84,7 +85,7 @@ def _finding(view: View, f: Finding) -> dict[str, Any]:
     rule = view.rules.get(f.rule)
     return dataclasses.asdict(f) | {
         "text": describe(f, rule),
-        "thresholds": [dataclasses.asdict(p) for p in thresholds(f, rule)] if rule else [],
+        "thresholds": [dataclasses.asdict(p) | {"value": float(p.value)} for p in thresholds(f, rule)] if rule else [],
         "experimental": rule.experimental if rule else False,
     }
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from monitor.diagnosis.finding import Finding, Incident
 from monitor.diagnosis.report import describe
 from monitor.diagnosis.text import BADGES, duration, number, place, plain, when
 from monitor.errors import RunFormatError
-from monitor.metric import Array, Metric
+from monitor.metric import Metric
 from monitor.rule import HEADINGS, Remedy, Rule
+from monitor.store.parts import Values
 from monitor.store.run import open_run
 from monitor_cli.view import Number, View, started, together
 
@@ -48,12 +49,12 @@ COLOURS = {"healthy": "green", "info": "cyan", "warning": "yellow", "critical": 
 LABEL = 9
 
 
-def spark(steps: Steps, high: Array, last: int, width: int, log: bool) -> str:
+def spark(steps: Steps, high: Values, last: int, width: int, log: bool) -> str:
     """A curve as ``width`` blocks of eight levels, each the highest value of its steps, so that no spike is lost.
 
     Args:
-        steps: ``(band,)`` first step of each band, increasing.
-        high: ``(band,)`` largest value in it; NaN or inf show as "×".
+        steps: ``(band,)`` first step of each band.
+        high: ``(band,)`` float32, largest value in it; NaN or inf show as "×".
         last: last step of the curve.
         width: cells to fill; fewer if there are fewer bands.
         log: logarithmic scale; values ≤ 0 then stand on the floor.
@@ -64,7 +65,8 @@ def spark(steps: Steps, high: Array, last: int, width: int, log: bool) -> str:
     cells = min(width, len(steps))
     if cells < 1:
         return ""
-    cell = (steps - steps[0]) * cells // max(last - int(steps[0]) + 1, 1)
+    first, last = int(steps.min()), max(last, int(steps.max()))  # a resumed run may have gone back
+    cell = (steps - first) * cells // (last - first + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled = np.where(high > 0, np.log(high), -math.inf) if log else high
     drawn = scaled[np.isfinite(scaled)]
@@ -76,7 +78,8 @@ def spark(steps: Steps, high: Array, last: int, width: int, log: bool) -> str:
             line[c] = NONFINITE
         elif inside.any():
             top = max(float(scaled[inside].max()), low)
-            line[c] = BLOCKS[min(int((top - low) / span * len(BLOCKS)), len(BLOCKS) - 1) if span else len(BLOCKS) // 2]
+            level = int((top - low) / span * len(BLOCKS)) if span else len(BLOCKS) // 2 if low else 0
+            line[c] = BLOCKS[min(level, len(BLOCKS) - 1)]
     return "".join(line)
 
 
@@ -89,13 +92,14 @@ class Sparkline:
         low, high = s.min, s.max
         # what the definition asks for, or what the values ask for
         decades = bool(np.any((s.band.min > 0) & (s.band.min * SPAN < high)))
-        self.log = low >= 0 and high > 0 and (series.log or decades)
         self.flat = high - low <= flat * max(abs(low), abs(high))
+        self.log = not self.flat and low >= 0 and high > 0 and (series.log or decades)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The line."""
         s = self.series.summary
-        high = np.where(np.isfinite(s.band.max), 1.0, s.band.max) if self.flat else s.band.max
+        # of nothing but zeros every block is the lowest one, else the middle one
+        high = np.where(np.isfinite(s.band.max), np.float32(s.max), s.band.max) if self.flat else s.band.max
         line = spark(s.band.steps, high, s.last_step, min(options.max_width, 100), self.log)
         text = Text(line, "cyan", no_wrap=True)
         text.highlight_regex(NONFINITE, "bold red")
@@ -110,7 +114,7 @@ def screen(view: View, everything: bool = False) -> RenderableType:
         everything: shorten nothing.
     """
     blocks = [_header(view), *_curves(view), _verdict(view), *_incidents(view, everything)]
-    blocks += [_numbers(view), _notes(view, everything)]
+    blocks += [_numbers(view, everything), _notes(view, everything)]
     return Group(*[part for b in blocks if b is not None for part in ("", b)][1:])
 
 
@@ -120,12 +124,14 @@ def watched(view: View, everything: bool) -> RenderableType:
 
 
 def runs(paths: Sequence[Path], everything: bool) -> RenderableType:
-    """A table of runs, newest first; one that cannot be read says why in its place."""
+    """A table of runs, newest first; one that cannot be read is named as such."""
     grid = Table.grid(padding=(0, 2, 0, 0))
-    for name, justify in (("run", "left"), ("status", "left"), ("steps", "right"), ("verdict", "left")):
-        grid.add_column(justify=justify, no_wrap=name != "verdict")
     grid.add_column(no_wrap=True)
-    grid.add_row(*(Text(t, "dim") for t in ("run", "status", "steps", "verdict", "begun")))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, justify="right")
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_row(*(Text(t, "dim") for t in ("run", "status", "steps", "begun", "verdict")))
     shown = paths if everything else paths[:MANY]
     for path in shown:
         try:
@@ -135,11 +141,11 @@ def runs(paths: Sequence[Path], everything: bool) -> RenderableType:
                 Text(plain(run.name, 32)),
                 Text(plain(run.status, 12)),
                 f"{run.steps:,}",
+                f"{begun:%Y-%m-%d %H:%M}" if begun else "",
                 badge(run.verdict().level),
-                f"{begun.astimezone():%Y-%m-%d %H:%M}" if begun else "",
             )
-        except RunFormatError as e:
-            grid.add_row(Text(plain(path.name, 32)), "unreadable", "", Text(plain(e)), "")
+        except RunFormatError:
+            grid.add_row(Text(plain(path.name, 32)), "unreadable", "", "", Text("inspect it to see why", "dim"))
     if len(paths) > len(shown):
         return Group(grid, Text(f"… and {len(paths) - len(shown)} older, --all lists them", "dim"))
     return grid
@@ -147,7 +153,7 @@ def runs(paths: Sequence[Path], everything: bool) -> RenderableType:
 
 def badge(level: str) -> Text:
     """A level as a shape, a word and a colour."""
-    return Text(BADGES.get(level, plain(level)), f"bold {COLOURS.get(level, '')}".strip())
+    return Text(BADGES[level], f"bold {COLOURS[level]}")
 
 
 def _header(view: View) -> RenderableType:
@@ -155,12 +161,17 @@ def _header(view: View) -> RenderableType:
     first = Text.assemble((plain(run.name, 50), "bold"))
     for part in (plain(view.model, 30), f"{view.parameters:,} parameters" if view.parameters else ""):
         first.append(f"  {part}" if part else "")
-    parts = [plain(run.status) + (f" after {duration(view.seconds)}" if view.seconds else ""), f"{run.steps:,} steps"]
+    parts = [plain(run.status), f"{run.steps:,} steps"]
+    if view.seconds:
+        parts[0] += f" {'for' if run.is_live else 'after'} {duration(view.seconds)}"
     if run.attempts > 1:
         parts[-1] += f" in {run.attempts} attempts"
     if view.started:
-        parts.append(f"begun {view.started.astimezone():%Y-%m-%d %H:%M}")
-    return Group(first, Text("  ".join(parts), "dim"))
+        parts.append(f"begun {view.started:%Y-%m-%d %H:%M}")
+    lines = [first, Text("  ".join(parts), "dim")]
+    if view.error:
+        lines.append(Text(plain(view.error, 300), "red"))
+    return Group(*lines)
 
 
 def _curves(view: View) -> Iterable[RenderableType]:
@@ -174,7 +185,7 @@ def _curves(view: View) -> Iterable[RenderableType]:
 
 
 def _verdict(view: View) -> RenderableType:
-    level, text = view.verdict.level, plain(view.verdict.text)
+    level, text = view.verdict.level, plain(view.verdict.text, 600)
     return _rows([(badge(level), Text(text, "bold"))], gap=2)
 
 
@@ -186,6 +197,8 @@ def _incidents(view: View, everything: bool) -> Iterable[RenderableType]:
     rest = len(incidents) - full - brief
     if rest > 0:
         yield Text(f"… and {rest} more incidents, --all lists them", "dim")
+    elif len(incidents) > full:
+        yield Text("--all tells every incident in full", "dim")
 
 
 def _incident(view: View, incident: Incident, everything: bool, brief: bool) -> RenderableType:
@@ -195,26 +208,31 @@ def _incident(view: View, incident: Incident, everything: bool, brief: bool) -> 
     for part in (incident.severity, when(head, rule), place(head)):
         title.append(f"  {part}", "not bold default")
     rows: list[tuple[RenderableType, RenderableType]] = [(_label("what"), _sentence(head, rule))]
-    if brief and incident.consequences:
-        titles = dict.fromkeys(plain(f.title) for f in incident.consequences)
-        rows.append((_label("with"), Text(", ".join(titles))))
-    elif incident.consequences:
+    if brief:
+        counted = [f"{1 + others:,} × {plain(f.title)}" for f, others in together(incident.consequences)]
+        if counted:
+            rows.append((_label("with"), Text(", ".join(counted))))
+        return Group(title, Padding(_rows(rows), (0, 0, 0, 2)))
+    if incident.consequences:
         # information may be older than the trouble it belongs to
         earlier = [f for f in incident.consequences if f.first_step < head.first_step]
         later = [f for f in incident.consequences if f.first_step >= head.first_step]
-        rows += [(_label(label), _findings(view, some, everything)) for label, some in (("before", earlier), ("then", later)) if some]
+        rows += [
+            (_label(label), _findings(view, some, everything))
+            for label, some in (("before", earlier), ("then", later))
+            if some
+        ]
     if rule is not None:
-        count = len(rule.remedies) if everything else 1 if brief else REMEDIES
+        count = len(rule.remedies) if everything else REMEDIES
         rows += [(_label("or" if i else "do"), _remedy(r)) for i, r in enumerate(rule.remedies[:count])]
-        if not brief and len(rule.remedies) > count:
+        if len(rule.remedies) > count:
             rows.append(("", Text(f"… and {len(rule.remedies) - count} more: monitor explain {rule.id}", "dim")))
-        if not brief:
-            rows.append((_label("unless"), Text(rule.refute, "dim")))
+        rows.append((_label("unless"), Text(rule.refute, "dim")))
     return Group(title, Padding(_rows(rows), (0, 0, 0, 2)))
 
 
 def _sentence(f: Finding, rule: Rule | None) -> Text:
-    text = Text(plain(describe(f, rule)))
+    text = Text(plain(describe(f, rule), 800))
     if f.peak_step != f.first_step:
         text.append(f" Worst at step {f.peak_step:,}.")
     if rule is not None and rule.experimental:
@@ -235,7 +253,7 @@ def _findings(view: View, findings: Sequence[Finding], everything: bool) -> Rend
         if f.module:
             what.append(f"  {plain(f.module, 40)}", "default")
         if others:
-            what.append(f" … and {others:,} more", "dim")
+            what.append(f" … and {others:,} more", "dim default")
         sign = ">" if f.value > f.threshold else "<" if f.value < f.threshold else "="
         fact = (rule := view.rules.get(f.rule)) is not None and rule.audit is not None
         step = "wiring" if fact else f"step {f.first_step:,}"
@@ -251,7 +269,7 @@ def _remedy(r: Remedy) -> Text:
     return text
 
 
-def _numbers(view: View) -> RenderableType | None:
+def _numbers(view: View, everything: bool) -> RenderableType | None:
     if not view.numbers:
         return None
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
@@ -260,15 +278,19 @@ def _numbers(view: View) -> RenderableType | None:
         grid.add_column(justify="right", no_wrap=True)
     grid.add_column(ratio=1, no_wrap=True)
     grid.add_row(*(Text(t, "dim") for t in ("", "last", "min", "max", "highest in each block")))
-    several = Counter(series.ref for series in view.numbers)
-    for series in view.numbers:
-        s = series.summary
-        name = Text(series.ref)
-        if several[series.ref] > 1 or s.metric == "logged":
-            name.append(f" {plain(s.module, 20)}", "dim")
-        if _unit(series.unit):
-            name.append(f" [{series.unit}]", "dim")
-        grid.add_row(name, number(s.last), number(s.min), number(s.max), Sparkline(series, FLAT))
+    for ref, group in itertools.groupby(view.numbers, key=lambda series: series.ref):
+        several = list(group)
+        shown = several if everything else several[:FEW]
+        for series in shown:
+            s = series.summary
+            name = Text(ref)
+            if len(several) > 1 or s.metric == "logged":
+                name.append(f" {plain(s.module, 20)}", "dim")
+            if _unit(series.unit):
+                name.append(f" [{series.unit}]", "dim")
+            grid.add_row(name, number(s.last), number(s.min), number(s.max), Sparkline(series, FLAT))
+        if len(several) > len(shown):
+            grid.add_row(Text(f"… and {len(several) - len(shown)} more (--all)", "dim"))
     return grid
 
 
@@ -358,8 +380,8 @@ def rule(r: Rule) -> RenderableType:
     return Group(_title(r.id, r.title), *_prose(r.doc), _rows(rows))
 
 
-def _title(id: str, title: str) -> Text:
-    return Text.assemble((id, "bold"), f"  {title}\n")
+def _title(name: str, title: str) -> Text:
+    return Text.assemble((name, "bold"), f"  {title}\n")
 
 
 def _prose(doc: str) -> Iterable[RenderableType]:
@@ -376,8 +398,8 @@ def _prose(doc: str) -> Iterable[RenderableType]:
 def paragraphs(doc: str) -> Iterable[tuple[str, str]]:
     """A metric's or rule's docstring as ``(heading, paragraph)``.
 
-    The heading is "" but for the first paragraph below one of `HEADINGS`. A paragraph that begins with a space is a formula
-    and keeps its lines.
+    The heading is "" but for the first paragraph below one of `HEADINGS`. A paragraph that begins with a space is a
+    formula and keeps its lines.
     """
     for part in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
         first, _, rest = part.partition("\n")

@@ -11,7 +11,9 @@ from monitor_cli.common import USAGE
 
 
 def run(
-    script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="The training script, unmodified.", show_default=False)],
+    script: Annotated[
+        Path, typer.Argument(metavar="SCRIPT", help="The training script, unmodified.", show_default=False)
+    ],
     args: Annotated[
         list[str] | None,
         typer.Argument(metavar="ARGS", help="Everything after SCRIPT is the script's own.", show_default=False),

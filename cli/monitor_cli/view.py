@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,8 +50,9 @@ class View:
         numbers: the table.
         model: class of the root module, "" if unknown.
         parameters: number of trained and frozen scalars.
-        started: when the recording began.
+        started: when the recording began, local time.
         seconds: how long it was recorded, all attempts together; a killed attempt does not count.
+        error: what the last attempt ended with, "" if with nothing.
         overhead: what recording cost, as run.json has it.
         absent: ``(what, why)`` of what could not be recorded.
     """
@@ -64,6 +66,7 @@ class View:
     parameters: int
     started: datetime | None
     seconds: float
+    error: str
     overhead: Mapping[str, Any]
     absent: tuple[tuple[str, str], ...]
 
@@ -77,18 +80,19 @@ def look(run: Run, everything: bool = False) -> View:
     """
     info, facts = run.info, run.facts
     known = load_metrics()
-    recorded = [id for id in run.metrics() if id in known]
-    shown = [id for id in recorded if known[id].plot.kind == "line"] if everything else KEY
+    recorded = [name for name in run.metrics() if name in known]
+    shown = [name for name in recorded if known[name].plot.kind == "line"] if everything else KEY
     return View(
         run=run,
         verdict=run.verdict(),
         rules=load_rules(),
         curve=_numbers(run, (CURVE,)),
-        numbers=_numbers(run, [id for id in shown if id in recorded and id != CURVE]),
+        numbers=_numbers(run, [name for name in shown if name in recorded and name != CURVE]),
         model=str(facts.get("class", "")),
         parameters=sum(n for p in facts.get("parameters", ()) if isinstance(n := p.get("numel"), int)),
         started=started(run),
         seconds=_seconds(run),
+        error=(info["attempts"][-1]["error"] or "") if info["attempts"] else "",
         overhead=info["overhead"],
         absent=tuple((str(a["what"]), str(a["why"])) for a in info.get("absent", ())),
     )
@@ -101,7 +105,7 @@ def started(run: Run) -> datetime | None:
 
 def _numbers(run: Run, metrics: Iterable[str]) -> tuple[Number, ...]:
     found = []
-    for m in (load_metrics()[id] for id in metrics):
+    for m in (load_metrics()[name] for name in metrics):
         ref = f"{m.id}.{m.plot.column}"
         found += [Number(ref, m.column(m.plot.column).unit, m.plot.log, s) for s in run.summary(ref)]
     return tuple(found)
@@ -120,15 +124,14 @@ def _seconds(run: Run) -> float:
 def _time(text: str | None) -> datetime | None:
     """The time that ``text`` says, if it says one: run.json may come from anywhere."""
     try:
-        time = datetime.fromisoformat(text or "")
-    except ValueError:
+        return datetime.fromisoformat(text or "").astimezone()
+    except (ValueError, OverflowError):
         return None
-    return time if time.tzinfo else None
 
 
 def thresholds(finding: Finding, rule: Rule) -> tuple[Param, ...]:
     """The parameters of ``rule`` that say where a finding's threshold comes from: those of its value, or else all."""
-    return tuple(p for p in rule.params if p.value == finding.threshold) or rule.params
+    return tuple(p for p in rule.params if math.isclose(p.value, finding.threshold)) or rule.params
 
 
 def together(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:

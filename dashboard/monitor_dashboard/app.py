@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import streamlit as st
 
 from monitor.errors import MonitorError
@@ -23,7 +25,7 @@ def main() -> None:
     st.navigation(shown, position="top").run()
 
 
-def _script(page: Page):
+def _script(page: Page) -> Callable[[], None]:
     def run() -> None:
         # the interval belongs to the fragment's definition, so whoever changes it runs the script again
         ticking = st.session_state.get(_TICKING, True)
@@ -45,25 +47,21 @@ def _body(page: Page, ticking: bool) -> None:
 
 def _draw(page: Page) -> bool:
     """Header and page; whether to look again by itself."""
-    runs = data.list_runs()
+    runs = data.list_runs(data.runs_root())
     picker, state, switch = st.columns([0.24, 0.6, 0.16], vertical_alignment="center")
     with picker:
         name = st.selectbox(
-            Key.RUN,
-            list(runs),
-            key=Key.RUN,
-            bind="query-params",
-            label_visibility="collapsed",
-            format_func=markup.name,
-        )
+            Key.RUN, list(runs), key=Key.RUN, bind="query-params", label_visibility="collapsed", format_func=markup.name
+        )  # fmt: skip
     view = data.view(runs[name])
     state.html(markup.head(view.run))
     live = False
     if view.run.is_live:
-        with switch:
+        with switch.container(horizontal_alignment="right"):
             live = st.toggle("follow the run", value=True, key=Key.LIVE, bind="query-params")
     page.render(view)
     return live
 
 
-main()
+if __name__ == "__main__":
+    main()

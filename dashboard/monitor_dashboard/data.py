@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import RLock
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import streamlit as st
 
 from monitor.diagnosis.finding import Verdict
@@ -20,7 +21,7 @@ from monitor.errors import RunFormatError
 from monitor.metric import SITES, Metric, load_metrics
 from monitor.store.run import Run, find_runs, open_run
 from monitor_dashboard import sampling
-from monitor_dashboard.sampling import Grid, Line
+from monitor_dashboard.sampling import Floats, Grid, Line
 
 #: Where the command line says which run, or which folder of runs, to show.
 RUNS_VARIABLE = "MONITOR_RUNS"
@@ -31,6 +32,9 @@ TOGETHER = {"logit_norm": ("mean", "max")}
 #: Values held at once while a map is reduced; 8 bytes each.
 _CHUNK = 4_000_000
 
+#: Reduced maps held for the views of a run to come.
+_KEPT = 16
+
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -39,13 +43,13 @@ def runs_root() -> Path:
     return Path(os.environ.get(RUNS_VARIABLE) or "runs")
 
 
-def list_runs() -> dict[str, Path]:
-    """The runs at or below `runs_root`, newest first, by their path from there.
+@st.cache_data(ttl=5, max_entries=4, show_spinner=False)  # seconds: there may be thousands, and each is opened
+def list_runs(root: Path) -> dict[str, Path]:
+    """The runs at or below ``root``, newest first, by their path from there.
 
     Raises:
         RunFormatError: if there is none.
     """
-    root = runs_root()
     found = find_runs(root)
     if not found:
         if not root.is_dir():
@@ -69,14 +73,34 @@ def stamp(path: Path) -> Stamp:
     return tuple(found)
 
 
-class View:
-    """A run at one moment, with what was already read for drawing it. Shared by all sessions that look at it."""
+_Key = tuple[str, tuple[str, ...], int, int, int]
 
-    def __init__(self, run: Run) -> None:
+
+class _Cells(NamedTuple):
+    values: Floats
+    state: npt.NDArray[np.int8]
+    complete: int  # leading columns to which nothing can be added any more
+
+
+class View:
+    """A run at one moment, with what was already read for drawing it. Shared by all sessions that look at it.
+
+    Args:
+        run: as it was just opened.
+        before: the view of the same run at an earlier moment: what it has reduced is not read again.
+    """
+
+    def __init__(self, run: Run, before: View | None = None) -> None:
         self.run = run
         self._lock = RLock()  # a run may read its folder anew while it answers, and sessions are threads
+        self._cells: dict[_Key, _Cells] = before._cells if before else {}
         self.line = lru_cache(maxsize=256)(self._line)
         self.grid = lru_cache(maxsize=16)(self._grid)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and last step; ``(0, 0)`` if none was recorded."""
+        return self.run.first_step or 0, self.run.last_step or 0
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -127,17 +151,35 @@ class View:
         interval = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
         rows = min(len(modules), sampling.MAX_ROWS)
         width, number = sampling.columns(first, last, rows, interval)
-        together = max(1, _CHUNK // max(len(steps), 1))
-        parts = []
-        for at in range(0, len(modules), together):
-            with self._lock:
-                block = self.run.block(ref, modules[at : at + together], first, last)
-            parts.append(sampling.cells(block.steps, block[ref], block.has(ref), first, width, number))
-        values, state = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
+        values, state = self._reduced(ref, modules, first, width, number, max(1, _CHUNK // max(len(steps), 1)))
         shown = sampling.worst_rows(values, state, rows)
         starts = first + width * np.arange(number, dtype=np.int64)
         names = tuple(modules[i] for i in shown)
         return Grid(names, starts, width, values[shown], state[shown], len(modules) - len(shown))
+
+    def _reduced(
+        self, ref: str, modules: tuple[str, ...], first: int, width: int, number: int, together: int
+    ) -> tuple[Floats, npt.NDArray[np.int8]]:
+        """Values and states of ``number`` buckets; those that were complete at an earlier moment are not read again."""
+        key = ref, modules, first, width, self.run.attempts
+        known = self._cells.get(key)
+        done = min(known.complete, number) if known else 0
+        begin, last = first + done * width, first + number * width - 1
+        parts = []
+        for at in range(0, len(modules), together):
+            with self._lock:
+                block = self.run.block(ref, modules[at : at + together], begin, last)
+            parts.append(sampling.cells(block.steps, block[ref], block.has(ref), begin, width, number - done))
+        values, state = (np.concatenate([p[i] for p in parts]) for i in (0, 1))
+        if known:
+            values = np.concatenate([known.values[:, :done], values], axis=1)
+            state = np.concatenate([known.state[:, :done], state], axis=1)
+        if known is None or number > known.complete:
+            while len(self._cells) >= _KEPT:
+                self._cells.pop(next(iter(self._cells)), None)
+            recorded = self.span[1] - first + 1
+            self._cells[key] = _Cells(values, state, min(number, recorded // width))
+        return values, state
 
 
 def main_column(metric: Metric) -> str:
@@ -157,8 +199,17 @@ def columns(metric: Metric) -> Sequence[str]:
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
+def _latest(path: str) -> list[View]:
+    """A place for the last view of the run at ``path``."""
+    return []
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
 def _view(path: str, stamp: Stamp) -> View:
-    return View(open_run(path))
+    place = _latest(path)
+    found = View(open_run(path), place[0] if place else None)
+    place[:] = [found]
+    return found
 
 
 def view(path: Path) -> View:

@@ -7,6 +7,7 @@ itself is lost when the data change. Dragging selects steps; what follows from i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from monitor_dashboard.theme import Palette
 
 GUTTER, RIGHT = 196, 14
 _AXIS = 34
+_FONT = '"Source Sans", sans-serif'
 #: What every chart is given: the tool bar would offer a second zoom, which does not survive new data.
 CONFIG: dict[str, Any] = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
 
@@ -198,11 +200,9 @@ def _pins(figure: go.Figure, pins: Sequence[Pin], bottom: float, p: Palette) -> 
 
 
 def heat_map(
-    grid: Grid, caption: str, selected: str, window: tuple[int, int], p: Palette
+    grid: Grid, caption: str, selected: str, window: tuple[int, int], p: Palette, *, log: bool
 ) -> tuple[go.Figure, list[str]]:
-    """Modules × steps, the colour logarithmic in the largest value of each cell.
-
-    Non-finite cells have a colour of their own; an exact 0 has the lowest colour and shows as 0 when hovered.
+    """Modules × steps, coloured by the largest value of each cell; non-finite cells have a colour of their own.
 
     Args:
         grid: what to draw.
@@ -210,6 +210,8 @@ def heat_map(
         selected: module to frame.
         window: first and last visible step.
         p: colours.
+        log: colours are spread over the logarithm; what is not above 0 has the lowest one and shows its value when
+            hovered.
 
     Returns:
         The figure, and the module of each of its curves by number ("" where a curve is no module).
@@ -217,43 +219,53 @@ def heat_map(
     rows = len(grid.modules)
     height = int(np.clip(rows * 16, 64, 300))
     middle = grid.starts + (grid.width - 1) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log10(np.where(grid.values > 0, grid.values, np.nan))
-    low, high = _span(logs)
-    shown = np.where((grid.state == VALUE) & ~(grid.values > 0), low, logs).astype(np.float32)
     y = np.arange(rows)
-    figure = go.Figure()
-    shared: dict[str, Any] = {"x": middle, "y": y, "hoverinfo": "skip"}
-    scale = [[i / (len(p.scale) - 1), c] for i, c in enumerate(p.scale)]
-    ticks = np.unique(np.round(np.linspace(np.ceil(low), np.floor(high), 4)))
-    figure.add_heatmap(
-        z=shown, zmin=low, zmax=high, colorscale=scale,
-        colorbar={
-            "orientation": "h", "thickness": 6, "len": 0.3, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
-            "tickvals": ticks, "ticktext": [f"1e{int(t)}" for t in ticks], "tickfont": {"size": 10, "color": p.faded},
-            "outlinewidth": 0, "ypad": 8, "xpad": 0, "ticklabelposition": "outside top",
+    shade = np.where(grid.state == VALUE, grid.values, np.nan)
+    low, high = _span(np.log10(shade[shade > 0]) if log else shade)
+    if log:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shade = np.where(shade > 0, np.log10(shade), np.where(grid.state == VALUE, low, np.nan))
+    shared = {"type": "heatmap", "x": middle, "y": y, "hoverinfo": "skip"}
+    ticks, words = _ticks(low, high, log)
+    traces: list[dict[str, Any]] = [
+        shared | {
+            "z": shade.astype(np.float32), "zmin": low, "zmax": high,
+            "colorscale": [[i / (len(p.scale) - 1), colour] for i, colour in enumerate(p.scale)],
+            "colorbar": {
+                "orientation": "h", "thickness": 6, "len": 0.3, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
+                "tickvals": ticks, "ticktext": words, "tickfont": {"size": 10, "color": p.faded}, "outlinewidth": 0,
+                "ypad": 8, "xpad": 0, "ticklabelposition": "outside top",
+            },
         },
-        **shared,
-    )  # fmt: skip
-    broken = np.where(grid.state >= NAN, 1.0, np.nan).astype(np.float32)
-    figure.add_heatmap(z=broken, zmin=0, zmax=1, colorscale=[[0, p.broken], [1, p.broken]], showscale=False, **shared)
+        shared | {
+            "z": np.where(grid.state >= NAN, 1.0, np.nan).astype(np.float32), "zmin": 0, "zmax": 1,
+            "colorscale": [[0, p.broken], [1, p.broken]], "showscale": False,
+        },
+    ]  # fmt: skip
     curves = ["", ""]
     where = "step %{x:,d}" if grid.width == 1 else f"largest of {grid.width:,} steps around %{{x:,.0f}}"
     # plotly reports clicks on points only, never on a map: an invisible point in every cell also carries the label
     for row, module in enumerate(grid.modules):
         cells = grid.state[row] != MISSING
         value = np.where(grid.state[row] == NAN, np.nan, np.where(grid.state[row] == INF, np.inf, grid.values[row]))
-        figure.add_scatter(
-            x=middle[cells], y=np.full(int(cells.sum()), row, dtype=np.int16), mode="markers", showlegend=False,
-            marker={"color": "rgba(0,0,0,0)", "size": 1, "maxdisplayed": 1}, customdata=value[cells].astype(np.float32),
-            hovertemplate=f"<b>{_template(html(module, 70))}</b><br>%{{customdata:.2e}} · {where}<extra></extra>",
-        )  # fmt: skip
+        traces.append({
+            "type": "scatter", "mode": "markers", "x": middle[cells], "y": np.full(int(cells.sum()), row, np.int16),
+            "marker": {"color": "rgba(0,0,0,0)", "size": 1, "maxdisplayed": 1}, "showlegend": False,
+            "customdata": value[cells].astype(np.float32),
+            "hovertemplate": f"<b>{_template(html(module, 70))}</b><br>%{{customdata:.2e}} · {where}<extra></extra>",
+        })  # fmt: skip
         curves.append(module)
+    figure = go.Figure(data=traces)  # at once: adding them one by one takes four times as long
     if selected in grid.modules:
         at = grid.modules.index(selected)
-        figure.add_shape(
-            type="rect", xref="paper", x0=0, x1=1, y0=at - 0.5, y1=at + 0.5, line={"color": p.text, "width": 1.2}
-        )
+        if height >= 8 * rows:
+            edge = {"color": p.text, "width": 1.2}
+            figure.add_shape(type="rect", xref="paper", x0=0, x1=1, y0=at - 0.5, y1=at + 0.5, line=edge)
+        else:  # a frame would hide so low a row
+            figure.add_annotation(
+                xref="paper", x=1, y=at, text="◂", showarrow=False, xanchor="left", borderpad=0,
+                font={"size": 14, "color": p.text},
+            )  # fmt: skip
     every = -(-rows * 11 // height)
     labels = [html(label, 32) for label in short_names(grid.modules)]
     figure.update_yaxes(
@@ -266,6 +278,16 @@ def heat_map(
     figure.update_xaxes(showspikes=False)
     figure.update_layout(hovermode="closest", hoverdistance=-1)
     return figure, curves
+
+
+def _ticks(low: float, high: float, log: bool) -> tuple[list[float], list[str]]:
+    """Where a colour bar has labels, and which: up to four powers of ten, or its ends."""
+    first, last = math.ceil(low), math.floor(high)
+    if not log or last - first < 1:
+        edge = 1e-4 * (high - low)  # a label right on the end is left out
+        return [low + edge, high - edge], [number(float(f"{10**v if log else v:.2g}")) for v in (low, high)]
+    powers = range(first, last + 1, -(-(last - first) // 3))
+    return [float(v) for v in powers], [f"1e{v}" for v in powers]
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -283,9 +305,10 @@ def _frame(figure: go.Figure, window: tuple[int, int], height: int, p: Palette, 
     figure.update_layout(
         height=height, margin={"l": GUTTER, "r": RIGHT, "t": top, "b": _AXIS, "autoexpand": False},
         paper_bgcolor=p.surface, plot_bgcolor=p.surface,
-        font={"family": '"Source Sans", sans-serif', "color": p.text, "size": 12},
+        font={"family": _FONT, "color": p.text, "size": 12},
         hoverlabel={
-            "bgcolor": p.panel, "bordercolor": p.border, "font": {"size": 12, "color": p.text}, "align": "left",
+            "bgcolor": p.panel, "bordercolor": p.border, "align": "left",
+            "font": {"family": _FONT, "size": 12, "color": p.text},
         },
     )  # fmt: skip
     figure.update_xaxes(

@@ -1,4 +1,4 @@
-"""The key of every widget. Those of `URL` are also query parameters: a link shows the same view."""
+"""The key of every widget. Widgets bound to the address use it as their query parameter: a link shows the same view."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Key(StrEnum):
-    """A widget's key; where the widget is bound to the address, also the name of the query parameter."""
+    """A widget's key."""
 
     RUN = "run"
     LIVE = "live"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 
 from monitor.diagnosis.finding import Finding, Incident, Verdict
 from monitor.diagnosis.report import describe
@@ -114,20 +115,22 @@ def head(run: Run) -> str:
 
 
 def recording(run: Run, warnings: Sequence[str]) -> str:
-    """What was recorded and what that cost, what was absent and why, and every warning."""
+    """What was recorded and what that cost, what was absent and why, and every warning (drops are among them)."""
     info, facts = run.info, run.facts
-    parameters = facts.get("parameters", [])
-    rows: list[tuple[str, object]] = [("script", info["script"]), ("started", info["created"])]
-    if parameters:
-        size = sum(int(p["numel"]) for p in parameters)
-        rows.append(("model", f"{facts.get('class', '')} · {len(parameters):,} tensors · {size:,} parameters"))
-    rows += [("optimizer", o["class"]) for o in facts.get("optimizers", [])]
+    begun = info["created"][:16].replace("T", " ") + " UTC"
+    rows: list[tuple[str, object]] = [("script", PurePath(info["script"]).name), ("started", begun)]
+    if parameters := facts.get("parameters", []):
+        sizes = [p.get("numel") for p in parameters]
+        words = [facts.get("class"), f"{len(parameters):,} tensors"]
+        words += [f"{sum(sizes):,} parameters"] if all(isinstance(n, int) for n in sizes) else []
+        rows.append(("model", " · ".join(str(w) for w in words if w)))
+    rows += [("optimizer", o.get("class", "unknown")) for o in facts.get("optimizers", [])]
     if isinstance(cost := info["overhead"].get("fraction"), int | float):
         rows.append(("measured overhead", f"{cost:.1%}"))
-    rows += [(f"dropped {what}", f"{how:,}") for what, how in info["drops"].items() if how]
-    rows.append(("versions", ", ".join(f"{key} {value}" for key, value in info["versions"].items())))
+    if info["versions"]:
+        rows.append(("versions", ", ".join(f"{key} {value}" for key, value in info["versions"].items())))
     parts = [table(rows)]
-    if missed := [(a["what"], a["why"]) for a in info.get("absent", [])]:
+    if missed := [(a["what"], a["why"]) for a in info["absent"]]:
         parts.append(heading("Not recorded") + table(missed, words=True))
     if warnings:
         parts.append(heading("Warnings") + "".join(line(w) for w in warnings))

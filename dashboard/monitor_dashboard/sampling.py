@@ -78,7 +78,7 @@ def line(steps: Ints, values: Floats, *, log: bool = False, points: int = MAX_PO
     if len(marked):
         bucket = np.searchsorted(starts, marked, side="right")
         marked = marked[np.unique(bucket, return_index=True)[1]]
-    kinds = tuple(_kind(float(v)) for v in values[marked])
+    kinds: tuple[Oddity, ...] = tuple(_kind(float(v)) for v in values[marked])
     odd_count = int((~drawn).sum())
     return Line(middle, low, mean, high, steps[marked], kinds, odd_count, len(steps), reduced, last)
 

@@ -12,6 +12,17 @@ from __future__ import annotations
 from monitor.curvature.closure import LossClosure
 from monitor.curvature.density import SpectralDensity, density
 from monitor.curvature.lanczos import Eigenvalues, Krylov, lanczos
+from monitor.curvature.probes import (
+    Alignment,
+    Barrier,
+    OpposingSignals,
+    Slice,
+    alignment,
+    barrier,
+    batch_sharpness,
+    landscape,
+    opposing_signals,
+)
 from monitor.curvature.products import (
     EmpiricalFisher,
     Fisher,
@@ -26,6 +37,8 @@ from monitor.curvature.stability import Stability, averaged_gradient, heavy_ball
 from monitor.curvature.trace import Estimate, traces, xtrace
 
 __all__ = [
+    "Alignment",
+    "Barrier",
     "Eigenvalues",
     "EmpiricalFisher",
     "Estimate",
@@ -35,16 +48,23 @@ __all__ = [
     "Krylov",
     "LossClosure",
     "Operator",
+    "OpposingSignals",
+    "Slice",
     "SpectralDensity",
     "Spectrum",
     "Stability",
+    "alignment",
     "averaged_gradient",
+    "barrier",
+    "batch_sharpness",
     "block_spectra",
     "combined",
     "density",
     "heavy_ball",
     "lanczos",
+    "landscape",
     "nesterov",
+    "opposing_signals",
     "scaled",
     "spectrum",
     "stability",

@@ -428,8 +428,7 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 
 
 def _once_differentiable(node: Any) -> bool:
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    backward: Any = getattr(getattr(node, "_forward_cls", None), "backward", None)
     # The decorator leaves no mark but itself: a wrapper defined in torch.autograd.function.
-    return (
-        hasattr(backward, "__wrapped__") and backward.__code__.co_filename == once_differentiable.__code__.co_filename
-    )
+    defined_in = once_differentiable.__code__.co_filename
+    return hasattr(backward, "__wrapped__") and backward.__code__.co_filename == defined_in

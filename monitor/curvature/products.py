@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -63,12 +63,18 @@ class Operator:
 
 
 class ClosureOperator(Operator):
-    """An operator of a `LossClosure` at the point where its model is now; ``point`` holds the stand-ins."""
+    """An operator of a `LossClosure` at the point where its model is now; ``point`` holds the stand-ins.
+
+    Subclasses keep no reference to themselves, so that graphs are freed with the last use of the operator, and not by
+    a later garbage collection in the middle of a training step.
+    """
 
     def __init__(self, closure: LossClosure, parameters: Selection = None):
         self.closure = closure
         self.point: Point = closure.point(parameters)
-        super().__init__(self._product, self.point.n, self.point.dtype, self.point.device)
+        self.n = self.point.n
+        self.dtype = self.point.dtype
+        self.device = self.point.device
 
     def session(self) -> AbstractContextManager[Any]:
         """The closure's session at `point`."""
@@ -112,27 +118,21 @@ class Hessian(ClosureOperator):
 
     def __init__(self, closure: LossClosure, parameters: Selection = None, way: Way = "auto"):
         super().__init__(closure, parameters)
-        self._ways: dict[Way, Callable[[Tensor], Tensor]] = {
-            "cached": self._cached,
-            "recompute": self._recompute,
-            "forward": self._forward,
-            "difference": self._difference,
-        }
-        if way != "auto" and way not in self._ways:
-            raise UsageError(f"way={way!r}; expected auto, {', '.join(self._ways)}.")
+        if way not in get_args(Way):
+            raise UsageError(f"way={way!r}; expected one of {', '.join(get_args(Way))}.")
         self.way: Way = way
         self.unused: tuple[str, ...] = ()
         self._graph: _Graph | None = None
 
     def _product(self, vector: Tensor) -> Tensor:
         if self.way != "auto":
-            return self._ways[self.way](vector)
+            return self._by(self.way, vector)
         failures: list[str] = []
         last: Exception | None = None
         ladder: tuple[Way, ...] = ("cached", "recompute", "forward")
         for way in ladder if len(self.closure.batches) == 1 else ladder[1:]:
             try:
-                product = self._ways[way](vector)
+                product = self._by(way, vector)
             except RuntimeError as e:
                 self._graph, last = None, e
                 failures.append(f"{way}: {str(e).splitlines()[0][:160]}")
@@ -143,6 +143,9 @@ class Hessian(ClosureOperator):
             f"no exact Hessian product works for {type(self.closure.model).__name__} ({'; '.join(failures)}). "
             'If it is smooth, way="difference" approximates the product by two gradients.'
         ) from last
+
+    def _by(self, way: Way, vector: Tensor) -> Tensor:
+        return getattr(self, f"_{way}")(vector)
 
     def _first_backward(self, batch: Batch) -> _Graph:
         leaves = self.point.leaves
@@ -223,6 +226,15 @@ class _Graph(NamedTuple):
     versions: list[int]
 
 
+class _Linear(NamedTuple):
+    """A model's outputs, a loss of them, and their Jacobian J: ``push`` is v ↦ J v, ``pull`` is u ↦ J'u."""
+
+    outputs: list[Tensor]
+    loss_of: Callable[[Sequence[Tensor]], Tensor]
+    push: Callable[[Tensor], Sequence[Tensor]]
+    pull: Callable[[Sequence[Tensor]], Tensor]
+
+
 class _OutputOperator(ClosureOperator):
     """J'·B·J with the Jacobian J of the model's outputs and a block B that acts on one batch's outputs."""
 
@@ -246,6 +258,11 @@ class _OutputOperator(ClosureOperator):
         return total
 
     def _build(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        line = self._linearise(batch)
+        block = self._block(batch, [t.detach() for t in line.outputs], line.loss_of)
+        return lambda vector: line.pull(block(line.push(vector)))
+
+    def _linearise(self, batch: Batch) -> _Linear:
         flat, spec = tree_flatten(self.closure.outputs(batch))
         differentiable = [i for i, t in enumerate(flat) if isinstance(t, Tensor) and t.requires_grad]
         outputs = [flat[i] for i in differentiable]
@@ -258,29 +275,21 @@ class _OutputOperator(ClosureOperator):
                 changed[i] = value
             return batch.loss_of(tree_unflatten(changed, spec))
 
-        block = self._block(batch, [t.detach() for t in outputs], loss_of)
-        leaves = self.point.leaves
+        point, leaves = self.point, self.point.leaves
         # J v by differentiating u ↦ J'u, which is linear: needs reverse mode only, so every model that trains has it.
         u = [torch.zeros_like(t, requires_grad=True) for t in outputs]
         pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, allow_unused=True)
         used = [i for i, t in enumerate(pulled) if t is not None and t.requires_grad]
+        keep = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
 
-        def product(vector: Tensor) -> Tensor:
-            parts = self.point.split(vector)
-            pushed = torch.autograd.grad(
-                [pulled[i] for i in used],
-                u,
-                [parts[i] for i in used],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            back = torch.autograd.grad(
-                outputs, leaves, block(pushed), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            return self.point.join(back)
+        def push(vector: Tensor) -> Sequence[Tensor]:
+            parts = point.split(vector)
+            return torch.autograd.grad([pulled[i] for i in used], u, [parts[i] for i in used], **keep)
 
-        return product
+        def pull(cotangents: Sequence[Tensor]) -> Tensor:
+            return point.join(torch.autograd.grad(outputs, leaves, cotangents, **keep))
+
+        return _Linear(outputs, loss_of, push, pull)
 
     def _block(
         self, batch: Batch, outputs: list[Tensor], loss_of: Callable[[Sequence[Tensor]], Tensor]
@@ -345,8 +354,26 @@ class EmpiricalFisher(_OutputOperator):
     def _block(
         self, batch: Batch, outputs: list[Tensor], loss_of: Callable[[Sequence[Tensor]], Tensor]
     ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-        at = [t.requires_grad_() for t in outputs]
-        return _outer(torch.autograd.grad(loss_of(at), at, allow_unused=True, materialize_grads=True))
+        return _outer(_gradients(outputs, loss_of))
+
+    def projections(self, direction: Tensor) -> Tensor:
+        """The slope of every example's own loss along a direction, u'∇ℓ_i, without forming any ∇ℓ_i.
+
+        Args:
+            direction: u, ``(n,)``.
+
+        Returns:
+            ``(N,)``, the batches one after the other.
+
+        Cost: about two gradients.
+        """
+        found = []
+        with self.session():
+            for batch in self.closure.batches:
+                line = self._linearise(batch)
+                gradients = _gradients([t.detach() for t in line.outputs], line.loss_of)
+                found.append(_along(gradients, line.push(direction)) * len(gradients[0]))
+        return torch.cat(found)
 
 
 class Fisher(_OutputOperator):
@@ -391,12 +418,22 @@ class Fisher(_OutputOperator):
         return lambda pushed: [torch.stack([block(pushed)[0] for block in blocks]).mean(0)]
 
 
+def _gradients(outputs: list[Tensor], loss_of: Callable[[Sequence[Tensor]], Tensor]) -> Sequence[Tensor]:
+    at = [t.requires_grad_() for t in outputs]
+    return torch.autograd.grad(loss_of(at), at, allow_unused=True, materialize_grads=True)
+
+
+def _along(gradients: Sequence[Tensor], pushed: Sequence[Tensor]) -> Tensor:
+    n = len(gradients[0])
+    return torch.stack([(g * w).reshape(n, -1).sum(1) for g, w in zip(gradients, pushed, strict=True)]).sum(0)
+
+
 def _outer(gradients: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     # With g_i = ∇_z of the mean loss for example i, ∇ℓ_i = N g_i, so (1/N) Σ ∇ℓ_i ∇ℓ_i' is N Σ g_i g_i'.
-    n = gradients[0].shape[0]
+    n = len(gradients[0])
 
     def block(pushed: Sequence[Tensor]) -> Sequence[Tensor]:
-        along = torch.stack([(g * w).reshape(n, -1).sum(1) for g, w in zip(gradients, pushed, strict=True)]).sum(0)
+        along = _along(gradients, pushed)
         return [n * g * along.reshape(-1, *[1] * (g.dim() - 1)) for g in gradients]
 
     return block

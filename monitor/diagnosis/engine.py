@@ -21,7 +21,7 @@ import numpy.typing as npt
 from monitor.block import ColumnBlock
 from monitor.diagnosis.finding import Finding
 from monitor.metric import SITES, Array, Block, Mask
-from monitor.rule import Hits, Rule, Window
+from monitor.rule import SEVERITIES, Hits, Rule, Window
 
 
 class _History:
@@ -38,20 +38,21 @@ class _History:
         rows = (block.steps >= first) & block.has.any(axis=1)
         if not rows.any():
             return
-        new = [m for m in block.modules if m not in set(self.modules)]
-        if new:
-            wider = ((0, 0), (0, len(new)))
-            self.modules = (*self.modules, *new)
-            self.values, self.has = np.pad(self.values, wider, constant_values=np.nan), np.pad(self.has, wider)
         values, has = block.values[rows], block.has[rows]
         if block.modules != self.modules:
-            at = [self.modules.index(m) for m in block.modules]
-            shape = len(values), len(self.modules)
-            narrow = values, has
-            values, has = np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_)
+            place = {m: i for i, m in enumerate(dict.fromkeys((*self.modules, *block.modules)))}
+            wider = ((0, 0), (0, len(place) - len(self.modules)))
+            self.modules = tuple(place)
+            self.values, self.has = np.pad(self.values, wider, constant_values=np.nan), np.pad(self.has, wider)
+            at, narrow = [place[m] for m in block.modules], (values, has)
+            values, has = (
+                np.full((len(values), len(place)), np.nan),
+                np.zeros((len(values), len(place)), dtype=np.bool_),
+            )
             values[:, at], has[:, at] = narrow
         self.steps = np.concatenate([self.steps, block.steps[rows]])
-        self.values = np.concatenate([self.values, values])
+        # always in the same memory order: numpy's log and exp differ in the last bit between contiguous and strided
+        self.values = np.concatenate([self.values, np.ascontiguousarray(values)])
         self.has = np.concatenate([self.has, has])
 
     def block(self, ref: str, first: int, lookback: int) -> Block:
@@ -75,7 +76,7 @@ class _History:
     @staticmethod
     def restored(state: Mapping[str, Any]) -> _History:
         h = _History()
-        h.modules = tuple(state["modules"])
+        h.modules = tuple(map(str, state["modules"]))
         h.steps = _unpack(state["steps"], np.int64)
         shape = len(h.steps), len(h.modules)
         h.values = _unpack(state["values"], np.float64).reshape(shape)
@@ -113,6 +114,9 @@ class Engine:
         facts: what is known without tensors (``run.json["facts"]``); may be replaced when more is known.
         attempt: which attempt of the run is fed.
         state: what `state` returned. That of an earlier attempt keeps its findings and begins the series afresh.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: if ``state`` is something else.
     """
 
     def __init__(
@@ -386,10 +390,19 @@ def _plain(value: Any) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_KINDS = {"str": str, "int": int, "bool": bool, "float": float, "Severity": str}
+
+
 def _made(kind: type, data: Mapping[str, Any]) -> Any:
-    """A `Finding` or `_Episode` from what `_plain` made of it."""
+    """A `Finding` or `_Episode` from what `_plain` made of it; what lies in a run folder may be anything."""
     numbers = {name: float(data[name]) for name in ("value", "threshold", "score") if name in data}
-    return kind(**{**data, **numbers, "evidence": {k: float(v) for k, v in data["evidence"].items()}})
+    made = kind(**{**data, **numbers, "evidence": {str(k): float(v) for k, v in data["evidence"].items()}})
+    for f in fields(kind):
+        if type(getattr(made, f.name)) is not _KINDS.get(str(f.type), dict):
+            raise TypeError(f"{f.name} is {getattr(made, f.name)!r:.40}, expected {f.type}")
+    if made.site not in SITES or getattr(made, "severity", "info") not in SEVERITIES:
+        raise ValueError(f"no such site or severity: {made.site!r:.40}")
+    return made
 
 
 def _pack(a: npt.NDArray[Any]) -> str:
@@ -397,4 +410,4 @@ def _pack(a: npt.NDArray[Any]) -> str:
 
 
 def _unpack(text: str, kind: Any) -> npt.NDArray[Any]:
-    return np.frombuffer(base64.b64decode(text), dtype=kind)
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype=kind)

@@ -51,7 +51,12 @@ def _stored(run: Run, rules: Mapping[str, Rule]) -> Engine | None:
         if stored.state["attempts"] != list(range(attempt + 1)):
             return None
         return Engine(rules, run.facts, attempt, stored.state)
-    except (KeyError, TypeError, ValueError):  # written by something else: what was recorded still tells everything
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # written by something else: what was recorded still tells everything
         return None
 
 

@@ -1,10 +1,11 @@
 """The training loss: the tensor that ``backward()`` was called on.
 
-    value = mean of that tensor over the micro-batches of the step, the loss scale divided out
+    value = sum of that tensor over the backward calls of the step, the loss scale divided out
 
-so it has every term the script added (regularisers, auxiliary heads). Where the script divides each micro-batch's
-loss by their number, that is multiplied back. ``micro_steps`` counts the ``backward()`` calls that made the step; of
-a closure that is evaluated again and again only the first call counts, the loss at the parameters of the step.
+so it has every term the script added (regularisers, auxiliary heads), and is the number whose gradient the optimizer
+was given: where each micro-batch's loss is divided by their number, the mean; where a script forgot to, that many times
+it. ``micro_steps`` counts the calls; of a closure that is evaluated again and again only the first counts, the loss at
+the parameters of the step.
 
 Healthy: falls, then flattens, with a few per cent of noise from batch to batch.
 

@@ -207,7 +207,11 @@ def begin(
     """Start a recording; arguments are those of `attach`, checked."""
     script = _script()
     folder = Path(run_dir) if run_dir is not None else _default_folder(script)
-    writer = RunWriter.create(folder, script=script, resume=resume, start_step=start_step)
+    try:
+        writer = RunWriter.create(folder, script=script, resume=resume, start_step=start_step)
+    except OSError as e:  # a full or read-only disk is no reason not to train
+        to_stderr(f"cannot write {_short(folder)} ({e.strerror or e}); training goes on unrecorded")
+        return Handle(None, None, [unwrap(m) for m in models])
     flusher = Flusher(writer, to_stderr)
     with quiet():
         recorder = Recorder(models, flusher, optimizers=optimizers, follow_all=follow_all, start_step=writer.start_step)
@@ -216,7 +220,8 @@ def begin(
     handle = Handle(recorder, flusher, roots)
     if handle._account is not None:
         flusher.overhead = handle._account.report
-    writer.update(versions=versions(), columns=_columns(), facts={"argv": [str(a) for a in sys.argv]})
+    argv = [_relative(sys.argv[0]), *sys.argv[1:]] if sys.argv else []
+    writer.update(versions=versions(), columns=_columns(), facts={"argv": argv})
     for root in roots:
         _OPEN[id(root)] = handle
     with quiet():
@@ -242,7 +247,7 @@ def _rank() -> int:
 def _script() -> str:
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
-    return str(file) if file else "notebook"
+    return _relative(str(file)) if file else "notebook"
 
 
 def _default_folder(script: str) -> Path:
@@ -253,9 +258,14 @@ def _default_folder(script: str) -> Path:
 def _short(path: Path | None) -> str:
     if path is None:
         return "nowhere"
-    with contextlib.suppress(ValueError):
-        return plain(str(path.resolve().relative_to(Path.cwd())))
-    return plain(str(path))
+    return plain(_relative(str(path)))
+
+
+def _relative(path: str) -> str:
+    """``path`` from the working directory if it lies below it: a run folder that travels names no machine."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    return path
 
 
 def _how_it_ended(error: BaseException | None) -> tuple[str, str | None]:

@@ -32,6 +32,7 @@ from monitor.record.mode import StepMode, Watcher
 from monitor.record.private import quiet
 from monitor.record.ring import ABSENT_INT, Ring
 from monitor.record.site import Site
+from monitor.record.sites.activation import ActivationSite
 from monitor.record.sites.gradient import GradientSite
 from monitor.record.sites.input import InputSite
 from monitor.record.sites.logged import LoggedSite
@@ -43,7 +44,7 @@ from monitor.record.sites.state import StateSite
 #: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
 BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
 _SITES: tuple[type[Site], ...] = (
-    InputSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite, LoggedSite,
+    InputSite, ActivationSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite, LoggedSite,
 )  # fmt: skip
 
 
@@ -496,9 +497,12 @@ class Recorder:
         if self.mode.on_stack():
             self.mode.leave()
         with quiet():
-            if self._row or any(site.waiting() for site in self.sites):
-                self._close_row()
-            self._hand_on(wait=True)
+            self._guard(self._finish)
+
+    def _finish(self) -> None:
+        if self._row or any(site.waiting() for site in self.sites):
+            self._close_row()
+        self._hand_on(wait=True)
 
     def forked(self) -> None:
         """In a forked child: record nothing, leave no mode behind."""

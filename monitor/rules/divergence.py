@@ -1,14 +1,14 @@
-"""The loss rose far above its best level and stayed there.
+"""The loss rose far above its usual level and stayed there.
 
 What it means:
     Training has lost what it had learned: not one bad batch, but twenty points in a row. It may come back, as it does
     after a learning rate that was too high for a while, but what came before is gone.
 
 How it is decided:
-    The level of a point is the median of the last 20 losses. Where a classification loss was seen and there is one
-    optimizer, the level must exceed the lowest level of the last 1,000 points by one nat and by half of it. For other
-    losses, whose unit is unknown and which may rise in health (adversarial, reinforcement), it must be 10 times the
-    median size of the last 1,000 losses and above 95 % of them. Either for 10 points.
+    The level of a point is the median of the last 20 losses; it is compared with the up to 1,000 losses before those.
+    Where a classification loss was seen and there is one optimizer, it must exceed their median by one nat, by half
+    of it, and by 2 robust standard deviations. For other losses, whose unit is unknown and which may rise in health
+    (adversarial, reinforcement), it must be 10 times their median size and above 95 % of them. Either for 10 points.
 
 What to do:
     Return to a checkpoint from before the first step and look at what stands before it in the same incident. Then a
@@ -16,7 +16,8 @@ What to do:
 
 When it is wrong:
     A change of data or of the loss on purpose moves the level for good reason. A rise that is slow or small is not
-    found: over-fitting does not show in the training loss. After 1,000 points at the new level, that is the level.
+    found: over-fitting does not show in the training loss. After some 500 points at the new level, that is the usual
+    one.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.metric import Array, Mask
-from monitor.robust import baseline
+from monitor.robust import SIGMA_PER_MAD, baseline
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import CALIBRATION, latest, rolling_max
+from monitor.rules._series import CALIBRATION, latest
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
-    """Levels of the loss far above the best or the usual one."""
+    """Levels of the loss far above the usual one."""
     block = window["loss.value"]
     loss, has = block["loss.value"], block.has("loss.value") & np.isfinite(block["loss.value"])
     start = int(np.searchsorted(block.steps, window.first))
@@ -41,46 +42,42 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     accurate, seen = latest(accuracy, steps, accuracy.modules[:1])
     classifies = seen.any(axis=1, keepdims=True) & (len(modules) == 1)
 
-    level = _levels(loss, has, start, p)[start:]
-    points = np.cumsum(has, axis=0)[start:]
-    known = has[start:] & np.isfinite(level) & (points >= p["minimum"])
-    limit, reference = np.full(level.shape, np.inf), np.full(level.shape, np.nan)
-    # what the whole block holds can only be lower than what a row may look back at, and is found without sorting
-    lowest = np.where(has, loss, np.inf).min(axis=0, initial=np.inf)
-    smallest = np.where(has, np.abs(loss), np.inf).min(axis=0, initial=np.inf)
-    likely = known & np.where(classifies, level >= lowest + p["nats"], level >= p["times"] * smallest)
-    if (likely & classifies).any():
-        best = _best(loss, has, start, p)
-        higher = np.maximum(best + p["nats"], best * p["part"])
-        limit, reference = np.where(classifies, higher, limit), np.where(classifies, best, reference)
-    for row, i in np.argwhere(likely & ~classifies):
-        before = start + row + 1 - int(p["level"])
-        rows = slice(max(before - int(p["window"]), 0), max(before, 0))
-        usual = np.sort(np.abs(loss[rows, i][has[rows, i]]))
-        if len(usual) < p["level"] / 2:
+    level = _levels(loss, has, start, int(p["level"]))
+    known = has[start:] & np.isfinite(level) & (np.cumsum(has, axis=0)[start:] >= p["minimum"])
+    limit, usual = np.full(level.shape, np.inf), np.full(level.shape, np.nan)
+    # no median is below the smallest loss of the whole block, which is found without sorting anything
+    least = np.where(classifies, _lowest(loss, has) + p["nats"], p["times"] * _lowest(np.abs(loss), has))
+    for row, i in np.argwhere(known & (level >= least)):
+        end = start + row + 1 - int(p["level"])
+        rows = slice(max(end - int(p["window"]), 0), max(end, 0))
+        before = loss[rows, i][has[rows, i]]
+        if len(before) < p["level"] / 2:
             continue
-        reference[row, i] = usual[len(usual) // 2]
-        limit[row, i] = max(p["times"] * reference[row, i], usual[int(p["above"] * len(usual))])
-    evidence = {"reference": reference}
+        if classifies[row, 0]:
+            middle = np.median(before)
+            spread = SIGMA_PER_MAD * np.median(np.abs(before - middle))
+            limit[row, i] = max(middle + p["nats"], p["part"] * middle, middle + p["sigmas"] * spread)
+        else:
+            before = np.abs(before)
+            middle = np.median(before)
+            limit[row, i] = max(p["times"] * middle, np.sort(before)[int(p["above"] * len(before))])
+        usual[row, i] = middle
+    evidence = {"usual": usual}
     if accurate.shape[1] and len(modules) == 1:
         evidence["accuracy"] = accurate
     yield Hits(steps, modules, known & (level >= limit), known, level, limit, evidence)
 
 
-def _levels(loss: Array, has: Mask, first: int, p: Mapping[str, float]) -> Array:
-    """Median of each row from ``first`` on and the rows before it, NaN where fewer than half of them hold a loss."""
+def _levels(loss: Array, has: Mask, start: int, size: int) -> Array:
+    """Median of each row from ``start`` on and the rows before it, NaN where fewer than half of them hold a loss."""
     # a baseline ends before its row, so one row more makes it end with the row
     more = ((0, 1), (0, 0))
-    size = int(p["level"])
-    return baseline(np.pad(loss, more), np.pad(has, more), first=first + 1, window=size, minimum=size // 2).median[1:]
+    found = baseline(np.pad(loss, more), np.pad(has, more), first=start + 1, window=size, minimum=size // 2)
+    return found.median[start + 1 :]
 
 
-def _best(loss: Array, has: Mask, start: int, p: Mapping[str, float]) -> Array:
-    """The lowest level of each judged row and the rows that it may look back at."""
-    size = int(p["window"])
-    levels = -_levels(loss, has, 0, p)
-    levels = np.pad(np.where(np.isnan(levels), -np.inf, levels), ((size, 0), (0, 0)), constant_values=-np.inf)
-    return -rolling_max(levels, size + 1)[start:]
+def _lowest(values: Array, has: Mask) -> Array:
+    return np.where(has, values, np.inf).min(axis=0, initial=np.inf)
 
 
 RULE = Rule(
@@ -88,7 +85,7 @@ RULE = Rule(
     title="Divergence",
     severity="critical",
     site="loss",
-    message="The loss stayed around {value:.4g}, where {reference:.4g} had been reached.",
+    message="The loss stayed around {value:.4g}, where {usual:.4g} had been usual.",
     refute="the data or the loss were changed on purpose at the first step",
     remedies=(
         Remedy("return to a checkpoint from before the first step"),
@@ -97,10 +94,11 @@ RULE = Rule(
     ),
     params=(
         Param("nats", 1.0, "nats", CALIBRATION),
-        Param("part", 1.5, "times the best level", CALIBRATION),
+        Param("part", 1.5, "times the median", CALIBRATION),
+        Param("sigmas", 2, "robust σ", "7 standard errors of a median of 20 in normal noise"),
         Param("times", 10, "times the median", CALIBRATION),
         Param("above", 0.95, "quantile", CALIBRATION),
-        Param("level", 20, "points", "own choice: ten bad batches in a row are no level yet"),
+        Param("level", 20, "points", "own choice: nine bad batches in a row are no level yet"),
         Param("window", 1000, "points", "own choice: the memory of the rule"),
         Param("minimum", 40, "points", "own choice: two levels that do not overlap"),
     ),

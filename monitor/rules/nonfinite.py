@@ -6,7 +6,8 @@ What it means:
     seen first matters, not the hundred places where it is seen afterwards.
 
 How it is decided:
-    One non-finite value is enough: in an input, a logit, a loss, a gradient, an update or a parameter. Findings are
+    One non-finite value is enough: in an input, an activation (looked for only when the loss is not finite), a logit,
+    a loss, a gradient, an update or a parameter. Findings are
     ordered by step, then by site in the order in which a step reaches them, then by module; for gradients the *last*
     module in order of execution comes first, because the backward pass begins at the end of the model. Infinite
     logits count only if a loss of the same step is not finite either: a logit of −inf is how a script masks a class.
@@ -34,7 +35,11 @@ from monitor.rule import Hits, Param, Remedy, Rule, Window
 from monitor.rules._series import latest
 
 #: Columns that count non-finite entries, then columns that are such an entry themselves: column -> site.
-_COUNTS = {"input_rms.nonfinite": "input", "grad_norm.nonfinite": "gradient"}
+_COUNTS = {
+    "input_rms.nonfinite": "input",
+    "activation_nonfinite.count": "activation",
+    "grad_norm.nonfinite": "gradient",
+}
 _VALUES = {
     "logit_scale.max_abs": "logits",
     "loss.value": "loss",

@@ -43,8 +43,8 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     start = int(np.searchsorted(block.steps, window.first))
     steps, modules, frac = block.steps, block.modules, block["loss_zero_frac.frac"]
     rows, counted = latest(window["loss_zero_frac.rows"], steps, modules)
-    has = block.has("loss_zero_frac.frac") & np.isfinite(frac) & counted & (rows > 0)
-    size = np.where(has, rows, 0.0)
+    has = block.has("loss_zero_frac.frac") & np.isfinite(frac) & counted & (rows > 0) & np.isfinite(rows)
+    size = np.rint(np.where(has, rows, 0.0))
     # counts are whole numbers, so their running sums are exact wherever they begin
     zeros = np.rint(np.where(has, frac, 0.0) * size)
     total, zero = (np.cumsum(np.pad(a, ((1, 0), (0, 0))), axis=0) for a in (size, zeros))

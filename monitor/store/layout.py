@@ -10,7 +10,7 @@
 
 Values travel tail → live → series, and are in the next place before they leave the last: whoever lists the folders in
 that order misses none. Names of metrics and modules are data and never become names of files. A name ending in ``.tmp``
-is a file that is still being written, or was when its process died.
+is a file that is being written, or was when its process died.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
         path: the final name.
         sync: wait until the bytes are on the disk, so that not even a power cut leaves a torn file.
     """
-    temp = path.with_name(path.name + ".tmp")
+    temp = path.with_name(f".{path.name}.tmp")  # neither a pattern for Parquet nor a data set of the folder finds it
     try:
         yield temp
         if sync:

@@ -120,7 +120,8 @@ def gather(blocks: Iterable[ColumnBlock], names: Names) -> Points:
             Points(np.repeat(ids, has.sum(axis=1)), np.broadcast_to(steps, has.shape)[has], values),
         )
     points = joined(found)
-    if np.any(np.diff(points.series) < 0):
+    up = np.diff(points.series)
+    if np.any((up < 0) | ((up == 0) & (np.diff(points.steps) < 0))):
         points = points.where(np.lexsort((points.steps, points.series)))
     return points
 
@@ -218,15 +219,20 @@ def _regrouped(chunks: Iterable[Points]) -> Iterator[Points]:
         yield joined(held)
 
 
-def arrow(a: npt.NDArray[np.generic]) -> pa.Array:
+def arrow(a: npt.NDArray[Any]) -> pa.Array:
     """``a``, numbers or truths, as an Arrow array."""
     data = np.packbits(a, bitorder="little") if a.dtype == np.bool_ else np.ascontiguousarray(a)
     return pa.Array.from_buffers(pa.from_numpy_dtype(a.dtype), len(a), [None, pa.py_buffer(data)])
 
 
+def utf8(strings: Iterable[str]) -> list[str]:
+    """``strings`` with a question mark for what UTF-8 cannot hold: the half of a pair that a hostile name may be."""
+    return [s.encode("utf-8", "replace").decode() for s in strings]
+
+
 def texts(strings: Iterable[str]) -> pa.Array:
-    """``strings`` as an Arrow array; what UTF-8 cannot hold becomes a question mark."""
-    encoded = [s.encode("utf-8", "replace") for s in strings]
+    """``strings`` as an Arrow array; see `utf8`."""
+    encoded = [s.encode() for s in utf8(strings)]
     ends = np.cumsum([0, *map(len, encoded)]).astype(np.int32)
     return pa.Array.from_buffers(pa.string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))])
 

@@ -35,6 +35,7 @@ from monitor.store.parts import (
     open_parts,
     table_of,
     texts,
+    utf8,
     visible,
 )
 from monitor.store.process import is_alive
@@ -273,7 +274,7 @@ class Run:
             any_value = np.any([block.has(r) for r in refs], axis=0)
             row, column = np.nonzero(any_value)
             data: dict[str, Any] = {"attempt": attempt} if len(several) > 1 else {}
-            data |= {"step": block.steps[row], "module": np.array(block.modules, dtype=object)[column]}
+            data |= {"step": block.steps[row], "module": np.array(utf8(block.modules), dtype=object)[column]}
             data |= {_split(r)[1]: block[r][any_value] for r in refs}
             frames.append(pd.DataFrame(data))
         return pd.concat(frames, ignore_index=True)

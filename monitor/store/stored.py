@@ -55,12 +55,10 @@ def write_findings(path: Path, findings: Sequence[Finding], state: dict[str, Any
         OSError: if they cannot be written; the old ones stay.
     """
     rows = [asdict(f) | {"evidence": json.dumps(f.evidence)} for f in findings]
-    columns = [
-        texts(r[name] for r in rows)
-        if t == pa.string()
-        else arrow(np.array([r[name] for r in rows], t.to_pandas_dtype()))
-        for name, t in _TYPES.items()
-    ]
+    columns = []
+    for name, t in _TYPES.items():
+        values = [r[name] for r in rows]
+        columns.append(texts(values) if t == pa.string() else arrow(np.array(values, dtype=t.to_pandas_dtype())))
     extra = {b"monitor.rules_hash": rules_hash.encode(), b"monitor.state": json.dumps(state).encode()}
     table = pa.Table.from_arrays(columns, schema=FINDINGS_SCHEMA)
     with replacing(path) as temp:

@@ -177,6 +177,8 @@ class RunWriter:
         Args:
             force: write it in any case (though not within a minute of a failure).
         """
+        if "run.json" in self._problems:
+            self._try("run.json", self._save)
         old = time.monotonic() - self._flushed >= FLUSH_SECONDS
         if force or old or self._steps >= FLUSH_STEPS or self._values >= FLUSH_VALUES:
             self._try("values", self._write_live)

@@ -5,8 +5,8 @@
 
 Tools take turns within a round, order reversed every other round, one thread, CPU time: wall time on a shared machine
 says little. A peer runs at every setting of a sweep and the cheapest that met the tolerance in all rounds is reported,
-so each is tuned with knowledge of the answer; ours runs as it ships. Attention uses the math kernel for all. What is not
-installed is left out.
+so each is tuned with knowledge of the answer; ours runs as it ships. Attention uses the math kernel for all. What is
+not installed is left out.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Problem:
 def digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(data.data / 16.0, dtype=torch.float32)[order], torch.tensor(data.target)[order]
+    x, y = load_digits(return_X_y=True)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(x / 16.0, dtype=torch.float32)[order], torch.tensor(y)[order]
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, steps: int, size: int, optimizer: torch.optim.Optimizer) -> None:
@@ -166,17 +166,19 @@ def curvlinops(p: Problem, task: str, seed: int, setting: int | None) -> tuple[A
         products += X[0].shape[-1]
         return original(X)
 
-    H._matmat = counted
+    H._matmat = counted  # type: ignore[method-assign, assignment]
     if task == "density":
         grid, d = library.lanczos_approximate_spectrum(H, STEPS, num_points=2048)
         return max(np.asarray(grid)[np.asarray(d) > 0], default=0.0), products
     k = int(task[3:])
-    values = eigsh(H.to_scipy(dtype=np.float32), k=k, which="LA", tol=TOLERANCE, ncv=setting, return_eigenvectors=False)
+    matrix: Any = H.to_scipy(dtype=np.dtype(np.float32))
+    tolerance: Any = TOLERANCE
+    values = eigsh(matrix, k=k, which="LA", tol=tolerance, ncv=setting, return_eigenvectors=False)
     return np.sort(values)[::-1], products
 
 
 def eigenthings(p: Problem, task: str, seed: int, setting: int | None) -> tuple[Any, int]:
-    import hessian_eigenthings as library
+    import hessian_eigenthings as library  # type: ignore[import-not-found]
 
     H = library.HessianOperator(p.model, [(p.x, p.y)], library.supervised_loss(nn.CrossEntropyLoss()))
     if task == "density":
@@ -238,7 +240,7 @@ def measure(p: Problem, task: str, rounds: int) -> dict[str, tuple[int | None, R
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("problems", nargs="*", default=["mlp"], metavar="problem", help=", ".join(PROBLEMS))
     parser.add_argument("--tasks", nargs="+", default=["top1", "top5", "density"])
     parser.add_argument("--rounds", type=int, default=7)
@@ -253,12 +255,10 @@ def main() -> None:
             mine = best["ours"][1].cpu
             for tool, (setting, runs) in best.items():
                 ratio = statistics.median(b / a for a, b in zip(mine, runs.cpu, strict=True))
-                print(
-                    f"  {task:8s} {tool:12s} {'' if setting is None else f'at {setting}':6s} "
-                    f"{1e3 * statistics.median(runs.cpu):9.1f} ms CPU  {statistics.median(runs.products):5.0f} products  "
-                    f"worst error {max(runs.error):.1e}  {ratio:5.2f} × ours",
-                    flush=True,
-                )
+                cpu, products = 1e3 * statistics.median(runs.cpu), statistics.median(runs.products)
+                at = "" if setting is None or task == "density" else f"at {setting}"
+                print(f"  {task:8s} {tool:12s} {at:6s} {cpu:9.1f} ms CPU {products:4.0f} products", end="")
+                print(f"  worst error {max(runs.error):.1e}  {ratio:5.2f} × ours", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -53,6 +55,20 @@ def test_auto_caches_and_refuses_a_graph_of_old_parameters(classifier):
         classifier.model[0].weight.add_(1.0)
     with pytest.raises(UsageError, match="changed since"):
         H(torch.ones(H.n))
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton, EmpiricalFisher, Fisher])
+def test_graphs_are_freed_without_the_garbage_collector(classifier, kind):
+    """Oracle: invariance (nothing outlives the operator: memory is back before the optimizer step)."""
+    gc.disable()
+    try:
+        operator = kind(closure(classifier, dtype=None))
+        operator(torch.ones(79))
+        alive = [weakref.ref(operator), weakref.ref(operator.point), weakref.ref(operator.point.leaves[0])]
+        del operator
+        assert [r() for r in alive] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_several_batches_give_the_hessian_of_all_data(classifier):

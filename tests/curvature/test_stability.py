@@ -171,6 +171,50 @@ def test_one_sample_sgd():
         assert (np.abs(w).max() > 1) == (eta > 2)
 
 
+def _digits_run(optimizer_of, steps: int) -> list[float]:
+    """Ratios to the edge late in full-batch training on 256 digits: spec 5.2's recipe."""
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:256]
+    x = torch.tensor(images / 16.0, dtype=torch.float32)[order]
+    target = nn.functional.one_hot(torch.tensor(labels)[order], 10).float()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10))
+    optimizer = optimizer_of(model.parameters())
+
+    def loss_fn(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (out - y).square().sum(1).mean()
+
+    ratios = []
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss_fn(model(x), target).backward()
+        optimizer.step()
+        if step > 0.75 * steps and step % (steps // 20) == 0:
+            ratios.append(stability(Hessian(LossClosure(model, loss_fn, (x, target))), optimizer).ratio)
+    return ratios
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [0.1, 0.2, 0.4])
+def test_gradient_descent_settles_at_the_edge(lr):
+    """Oracle: reproduction of Cohen et al. (2021): sharpness settles just above 2/η, for three learning rates."""
+    assert all(0.97 < r < 1.06 for r in _digits_run(lambda p: torch.optim.SGD(p, lr=lr), 4000))
+
+
+@pytest.mark.slow
+def test_heavy_ball_settles_at_its_own_edge():
+    """Oracle: reproduction of Cohen et al. (2021): 3.8/η at momentum 0.9."""
+    assert all(0.97 < r < 1.06 for r in _digits_run(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 4000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 3e-3])
+def test_adam_settles_at_the_adaptive_edge(lr):
+    """Oracle: reproduction of Cohen et al. (2022): preconditioned sharpness near 38/η."""
+    assert all(0.85 < r < 1.12 for r in _digits_run(lambda p: torch.optim.Adam(p, lr=lr, eps=1e-7), 3000))
+
+
 def test_messages(classifier):
     """Oracle: planted fault."""
     H = Hessian(LossClosure(classifier.model, classifier.loss_fn, classifier.batch))

@@ -108,6 +108,16 @@ def test_newest_run_first_and_nested_runs_named_by_path(scripted, show, tmp_path
     assert sorted(show(tmp_path).selectbox(key=Key.RUN).options) == ["x/same", "y/same"]
 
 
+def test_a_run_that_begins_does_not_take_the_page(scripted, show, tmp_path: Path) -> None:
+    scripted(tmp_path / "old").train(30).finish()
+    app = show(tmp_path)
+    scripted(tmp_path / "new").train(10).finish()
+    data.list_runs.clear()
+    app.run()
+    assert sorted(app.selectbox(key=Key.RUN).options) == ["new", "old"]
+    assert app.selectbox(key=Key.RUN).value == "old"
+
+
 def test_map_marks_nan(scripted, show, tmp_path: Path) -> None:
     """Oracle: planted fault (a NaN gradient in the second tensor at step 40)."""
     scripted(tmp_path / "a", nan=40).train(80).finish()
@@ -125,6 +135,23 @@ def test_hostile_names_are_shown_as_text(scripted, show, tmp_path: Path) -> None
     assert ":material/home:" not in "".join(e.label for e in app.expander)
     for figure in app.get("plotly_chart"):
         assert "<img" not in figure.proto.spec
+
+
+def test_hostile_facts_are_shown_or_left_out(scripted, show, tmp_path: Path) -> None:
+    path = scripted(tmp_path / "a").train(60).finish()
+    info = json.loads((path / "run.json").read_text())
+    info["facts"] = {"class": ["<b>x"], "parameters": [{"name": "<b>p", "numel": "many"}], "optimizers": [{}]}
+    info["drops"] = {"<b>rows": {"<b>x": 1}}
+    info["overhead"] = {"fraction": "NaN"}
+    info["versions"] = {"<b>": ["<b>"]}
+    info["absent"] = [{"what": "<b>w", "why": "<b>y"}]
+    info["warnings"] = ["<b>warned"]
+    info["created"] = "<b>"
+    (path / "run.json").write_text(json.dumps(info))
+    text = said(show(tmp_path))
+    assert "<b>" not in text
+    assert "&lt;b&gt;warned" in text
+    assert "&lt;b&gt;w" in text
 
 
 def empty(path: Path) -> None:
@@ -203,7 +230,7 @@ def test_imports_neither_torch_nor_the_command_line() -> None:
     code = (
         "import sys, pkgutil, importlib, monitor_dashboard as d\n"
         "for m in pkgutil.walk_packages(d.__path__, 'monitor_dashboard.'):\n"
-        "    m.name.endswith('.app') or importlib.import_module(m.name)\n"
+        "    importlib.import_module(m.name)\n"
         "print([m for m in ('torch', 'typer', 'monitor_cli', 'duckdb') if m in sys.modules])"
     )
     path = [str(Path(monitor_dashboard.__file__).parents[1]), str(Path(data.__file__).parents[2])]

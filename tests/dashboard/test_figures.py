@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from monitor_dashboard import figures, sampling
@@ -30,7 +32,7 @@ def strings(value: object) -> list[str]:
 
 
 def test_no_trace_is_long_and_steps_are_explicit() -> None:
-    figure = figures.lines([panel("loss", 50_000), panel("other", 50_000)], [], (100, 900), LIGHT)
+    figure: Any = figures.lines([panel("loss", 50_000), panel("other", 50_000)], [], (100, 900), LIGHT)
     assert all(len(trace["x"]) <= MAX_POINTS for trace in figure.to_dict()["data"])
     low, high = figure.layout["xaxis"].range
     assert 90 < low < 100
@@ -40,7 +42,7 @@ def test_no_trace_is_long_and_steps_are_explicit() -> None:
 
 def test_every_trace_stands_within_its_scale() -> None:
     """Oracle: invariance (whatever is drawn on a log scale, marks included, lies within its limits)."""
-    figure = figures.lines([panel("loss", 500, log=True)], [], (0, 499), LIGHT)
+    figure: Any = figures.lines([panel("loss", 500, log=True)], [], (0, 499), LIGHT)
     low, high = figure.layout["yaxis"].range
     for trace in figure.data:
         y = np.log10(np.array(trace["y"], dtype=float))
@@ -50,7 +52,7 @@ def test_every_trace_stands_within_its_scale() -> None:
 
 def test_pins_are_numbered_and_told() -> None:
     pins = [Pin(10, 20, "critical", "1", "collapsed"), Pin(15, 15, "warning", "", "spiked")]
-    figure = figures.lines([panel("loss", 50)], pins, (0, 49), LIGHT)
+    figure: Any = figures.lines([panel("loss", 50)], pins, (0, 49), LIGHT)
     marks = [t for t in figure.data if t["yaxis"] == "y20"]
     assert [list(t["x"]) for t in marks] == [[15], [10]]
     assert list(marks[1]["text"]) == ["1"]
@@ -63,7 +65,7 @@ def test_hostile_names_are_text() -> None:
     grid = Grid((EVIL, "a.b"), np.arange(3), 1, np.ones((2, 3)), np.full((2, 3), VALUE, dtype=np.int8))
     shown = [
         figures.lines([panel(EVIL, 50)], pins, (0, 49), LIGHT),
-        figures.heat_map(grid, EVIL, EVIL, (0, 2), LIGHT)[0],
+        figures.heat_map(grid, EVIL, EVIL, (0, 2), LIGHT, log=True)[0],
     ]
     for figure in shown:
         for text in strings(figure.to_dict()):
@@ -77,7 +79,10 @@ def test_hostile_names_are_text() -> None:
 def test_map_marks_what_is_not_a_number() -> None:
     values = np.array([[1.0, np.nan, 0.0], [1e-3, 10.0, np.nan]])
     state = np.array([[VALUE, NAN, VALUE], [VALUE, VALUE, MISSING]], dtype=np.int8)
-    figure, curves = figures.heat_map(Grid(("a", "b"), np.arange(3), 1, values, state), "t", "a", (0, 2), LIGHT)
+    figure: Any
+    figure, curves = figures.heat_map(
+        Grid(("a", "b"), np.arange(3), 1, values, state), "t", "a", (0, 2), LIGHT, log=True
+    )
     colour, broken = figure.data[0], figure.data[1]
     np.testing.assert_array_equal(np.isnan(broken["z"]), state != NAN)
     # an exact 0 has the lowest colour; a missing cell has none
@@ -91,7 +96,10 @@ def test_map_marks_what_is_not_a_number() -> None:
 
 def test_map_of_nothing_but_nan() -> None:
     state = np.full((1, 2), NAN, dtype=np.int8)
-    figure, _ = figures.heat_map(Grid(("a",), np.arange(2), 1, np.full((1, 2), np.nan), state), "t", "", (0, 1), LIGHT)
+    figure: Any
+    figure, _ = figures.heat_map(
+        Grid(("a",), np.arange(2), 1, np.full((1, 2), np.nan), state), "t", "", (0, 1), LIGHT, log=True
+    )
     assert figure.data[0]["zmin"] < figure.data[0]["zmax"]
 
 

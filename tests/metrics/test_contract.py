@@ -24,6 +24,7 @@ UNITS = {"1", "count", "fraction", "hash", "loss", "nats", "robust sigma", "s", 
 #: The passes and what they record: pass -> statistics.
 PASSES = {
     "loss": "value micro_steps",
+    "birthplace": "count",
     "input": "n sumsq max_abs nonfinite fingerprint",
     "logit_rows": "n classes u_nats sum_norm max_norm sum_cnorm max_cnorm sum_rowstd sumsq sum_z max_z min_z "
     "sum_margin sum_true_margin sum_lse sumsq_lse sum_entropy sum_top1 collapsed collapsed_any "
@@ -41,6 +42,7 @@ PASSES = {
 
 #: Every column, as it is written into runs. Renaming one breaks old runs.
 COLUMNS = {
+    "activation_nonfinite": "count",
     "clip": "coefficient",
     "distance_from_start": "distance stderr",
     "grad_norm": "norm max_abs nonfinite",

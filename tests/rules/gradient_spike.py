@@ -32,9 +32,16 @@ CASES = (
     ),
     Case("near miss: 19 points are no baseline", (column("grad_norm.norm", [1.0] * 19 + [99.0], ("w",)),)),
     Case("20 are", (column("grad_norm.norm", [1.0] * 20 + [99.0], ("w",)),), (("w", 20),)),
-    Case("one element 71 times its usual size, with half of the energy", (norms(0, 1, 2), *elements(150, 5041, 0.5)), ((W[0], 150),)),
+    Case(
+        "one element 71 times its usual size, with half of the energy",
+        (norms(0, 1, 2), *elements(150, 5041, 0.5)),
+        ((W[0], 150),),
+    ),
     Case("near miss: 70 times", (norms(0, 1, 2), *elements(150, 4900, 0.5))),
-    Case("near miss: a rare embedding row, 1e6 times but a tenth of the energy", (norms(0, 1, 2), *elements(150, 1e6, 0.1))),
+    Case(
+        "near miss: a rare embedding row, 1e6 times but a tenth of the energy",
+        (norms(0, 1, 2), *elements(150, 1e6, 0.1)),
+    ),
     Case(
         "gaps: a module that is used in every second step, the other never after step 60",
         (
@@ -52,4 +59,4 @@ CASES = (
         (column("grad_norm.norm", [*WAVE[:140], nan, inf, *WAVE[142:150], 100.0], ("w",)),),
         (("w", 150),),
     ),
-)  # fmt: skip
+)

@@ -13,7 +13,12 @@ def put(at: int, value: float) -> list[float]:
 
 
 CASES = (
-    Case("×100 for one batch at step 200", (column("input_rms.rms", put(200, 100.0), X),), (("input[0]", 200),), "warning"),
+    Case(
+        "×100 for one batch at step 200",
+        (column("input_rms.rms", put(200, 100.0), X),),
+        (("input[0]", 200),),
+        "warning",
+    ),
     Case(
         "of two inputs the one that jumped",
         (column("input_rms.rms", [[x, 1.0] for x in put(200, 100.0)], ("image", "mask")),),
@@ -36,4 +41,4 @@ CASES = (
         (column("input_rms.rms", [*WAVE[:190], nan, inf, *WAVE[192:200], 100.0, inf], X),),
         (("input[0]", 200),),
     ),
-)  # fmt: skip
+)

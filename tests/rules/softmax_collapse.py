@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import nan
 
 from monitor.block import ColumnBlock
@@ -9,7 +10,11 @@ CE = ("cross_entropy",)
 
 
 def run(
-    zero: list[Value], rows: float = 1000, top1: float = 1 - 1e-7, accuracy: float = 1.0, steps: list[int] | None = None
+    zero: Sequence[Value],
+    rows: float = 1000,
+    top1: float = 1 - 1e-7,
+    accuracy: float = 1.0,
+    steps: list[int] | None = None,
 ) -> tuple[ColumnBlock, ...]:
     n = len(zero)
     return (
@@ -20,7 +25,7 @@ def run(
     )
 
 
-RAMP: list[Value] = [t / 1000 for t in range(200)]  # reaches 5 % at step 50
+RAMP = [t / 1000 for t in range(200)]  # reaches 5 % at step 50
 CASES = (
     Case("a ramp that reaches 5 % at step 50", run(RAMP), (("cross_entropy", 50),), "warning"),
     Case("half of the rows", run([0.0] * 9 + [0.5] * 9), (("cross_entropy", 9),), "critical"),

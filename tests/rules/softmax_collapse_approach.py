@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from math import inf, nan
 
-from tests.rules.series import Case, Value, column
+from tests.rules.series import Case, column
 
 CE = ("cross_entropy",)
-FALL: list[Value] = [10 - 0.1 * t for t in range(120)]  # below ln 64 = 4.1589 from step 59 on
+FALL = [10 - 0.1 * t for t in range(120)]  # below ln 64 = 4.1589 from step 59 on
 
 CASES = (
-    Case("a headroom that falls by 0.1 a step", (column("sc_headroom.q50", FALL, CE),), (("cross_entropy", 59),), "info"),
+    Case(
+        "a headroom that falls by 0.1 a step", (column("sc_headroom.q50", FALL, CE),), (("cross_entropy", 59),), "info"
+    ),
     Case("near miss: 4.16 nats", (column("sc_headroom.q50", [4.16] * 100, CE),)),
     Case("near miss: below for 19 points", (column("sc_headroom.q50", [9.0] * 9 + [4.0] * 19 + [9.0] * 9, CE),)),
     Case(
@@ -26,4 +28,4 @@ CASES = (
         (column("sc_headroom.q50", [9.0] * 5 + [-inf, nan] * 20, CE),),
         (("cross_entropy", 5),),
     ),
-)  # fmt: skip
+)

@@ -83,7 +83,7 @@ def test_softmax_collapse_of_a_real_training() -> None:
 
 
 def test_input_jump_of_a_real_training() -> None:
-    """Oracle: recorded golden. Inputs times 100 at step 200: the input comes first, then the spikes, first layer first."""
+    """Oracle: recorded golden. Inputs ×100 at step 200: the input comes first, then the spikes, first layer first."""
     columns = recorded("input_jump")
     engine = fold(RULES, columns)
     told = verdict(engine.findings(), engine.unjudged(), end(columns))
@@ -95,7 +95,8 @@ def test_input_jump_of_a_real_training() -> None:
         ("gradient_spike", "2.weight", 200),
     ]
     assert told.text == (
-        "Input jump in input[0] at step 200; it led to loss spike and gradient spike (0.weight and 1 more) at the same step."
+        "Input jump in input[0] at step 200; "
+        "it led to loss spike and gradient spike (0.weight and 1 more) at the same step."
     )
 
 
@@ -123,7 +124,7 @@ RULE = Rule(
 
 
 def test_a_rule_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: planted file. A file in a folder on the package's path is loaded, applied, described; nothing else is edited."""
+    """Oracle: planted file. A file in a folder on the package's path is loaded, applied, described; that is all."""
     (tmp_path / "zz_loss_limit.py").write_text(RULE_FILE)
     monkeypatch.setattr(monitor.rules, "__path__", [*monitor.rules.__path__, str(tmp_path)])
     try:
@@ -141,7 +142,7 @@ def test_a_rule_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_adam_on_a_noisy_quadratic() -> None:
-    """Oracle: naive transcription of the paper's setting. Gradient noise with 50 of 1,000 elements at ±1000, as in SPAM."""
+    """Oracle: naive transcription of the paper. Gradient noise with 50 of 1,000 elements at ±1000, as in SPAM."""
     rng = np.random.default_rng(0)
     v, norm, largest, ratio = np.zeros(1000), [], [], []
     for step in range(601):

@@ -23,7 +23,9 @@ CASES = (
         facts=facts({"name": "a"}, {"name": "b", **OUT}, {"name": "c", **OUT}),
     ),
     Case("near miss: frozen", facts=facts({"name": "a"}, {"name": "b", "trainable": False, **OUT})),
-    Case("near miss: tied to one that is optimized", facts=facts({"name": "a"}, {"name": "b", "tied_to": ["a"], **OUT})),
+    Case(
+        "near miss: tied to one that is optimized", facts=facts({"name": "a"}, {"name": "b", "tied_to": ["a"], **OUT})
+    ),
     Case("gaps: no optimizer has stepped yet", facts=facts({"name": "a", **OUT}, optimizers=0)),
     Case("gaps: no facts at all"),
     Case("constant: everything in its place", facts=facts({"name": "a"}, {"name": "b"})),

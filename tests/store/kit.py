@@ -21,8 +21,19 @@ DEFINITIONS = Path(__file__).with_name("definitions")
 Recorded = dict[tuple[str, str], dict[int, float]]
 
 
+#: Thresholds at which a few hundred rows pass through every kind of part.
+SMALL = {
+    "writer.FLUSH_STEPS": 12,
+    "writer.FAN": 3,
+    "writer.LARGE_ROWS": 500,
+    "writer.LARGE_STEPS": 60,
+    "parts.ROW_GROUP": 64,
+    "parts._BATCH": 16,
+}
+
+
 def use_definitions() -> None:
-    """Make the three metrics beside this file the only ones. In a test ask for the fixture of the same name."""
+    """Make the three metrics beside this file the only ones; in a test a fixture does it."""
     monitor.metrics.__path__ = [str(DEFINITIONS)]
 
 

@@ -186,8 +186,8 @@ def test_resume(recorder: Recorder, folder: Path) -> None:
     again = Recorder(writer, make_layout(("x", "y", "late")), every=3)
     for step in range(380, 395):
         again.step(step, {0: -1.0, 5: step})
+    run = open_run(folder)
     for _ in range(2):  # with the first attempt's rows in its tail, and after closing
-        run = open_run(folder)
         assert (run.attempts, run.first_step, run.last_step, run.steps) == (2, 0, 394, 403 + 15)
         assert same(read_back(run, attempt=0), first)
         assert same(read_back(run, attempt=1), again.recorded)
@@ -197,6 +197,7 @@ def test_resume(recorder: Recorder, folder: Path) -> None:
         frame = run.frame("t_whole")
         assert list(frame.columns) == ["attempt", "step", "module", "value"] and len(frame) == 403 + 15
         again.close()
+        run = open_run(folder)
     assert [a["status"] for a in run.info["attempts"]] == ["died", "finished"]
     # what the first attempt left behind was tidied up as well
     left = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
@@ -239,9 +240,9 @@ def test_update(folder: Path) -> None:
     """Oracle: closed form. Mappings merge, warnings add up, what JSON cannot hold becomes text, the rest is refused."""
     writer = RunWriter.create(folder, script="t.py")
     writer.update(versions={"torch": "2"}, facts={"a": np.float32(0.5), "b": (1, 2), "c": float("nan"), "d": {3}})
-    writer.update(
-        versions={"numpy": "1"}, warnings=["w"], absent=[{"what": "x", "why": "y"}], overhead={"fraction": 0.01}
-    )
+    writer.update(versions={"numpy": "1"}, warnings=["w"], overhead={"fraction": 0.01})
+    writer.update(absent=[{"what": "x", "why": "y"}])
+    writer.update(absent=[])
     writer.update(warnings=["w", "v"], facts={"a": 1})
     info = open_run(folder).info
     assert info["versions"] == {"torch": "2", "numpy": "1"} and info["absent"] == [] and info["warnings"] == ["w", "v"]

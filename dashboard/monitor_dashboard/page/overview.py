@@ -17,7 +17,7 @@ from monitor_dashboard.keys import Key
 from monitor_dashboard.page import Page
 from monitor_dashboard.sampling import Line
 
-#: Lines in one strip, and findings with a band of their own: more is not read but counted.
+#: Lines in one strip, and findings marked on it; the rest are counted.
 MAX_LINES, MAX_PINS = 8, 400
 #: A loss that spans this factor opens on a log scale.
 DECADES = 100.0
@@ -46,19 +46,16 @@ def _series(view: View) -> tuple[int, int]:
         window = _window(view)
         signal = _choose(Key.SIGNAL, list(metrics), "logit_norm", 190) if metrics else None
         log = loss is not None and st.toggle(
-            "log loss",
-            value=view.decades(data.main_column(loss)) > DECADES,
-            key=Key.LOG,
-            bind="query-params",
+            "log loss", value=view.decades(data.main_column(loss)) > DECADES, key=Key.LOG, bind="query-params",
             width="content",
-        )
+        )  # fmt: skip
     panels = []
     if loss:
         panels.append(_panel(view, loss, window, log=log, height=190))
     if signal:
         panels.append(_panel(view, metrics[signal], window, log=metrics[signal].plot.log, height=108))
     if panels:
-        _strips(view, panels, _pins(view, window), window, Key.LINES)
+        _strips(panels, _pins(view, window), window, Key.LINES)
     missing = [name for name in ("loss", "logit_norm") if name not in view.metrics]
     if missing:
         st.html(markup.line(f"Not recorded: {', '.join(missing)}"))
@@ -77,7 +74,7 @@ def _window(view: View) -> tuple[int, int]:
 
     The window is ours, in these fields and the address, because a zoom kept by a chart is lost when its data change.
     """
-    first, last = view.run.first_step, view.run.last_step
+    first, last = view.span
     st.html(markup.heading("Steps"), width="content")
     for key, hint in ((Key.FIRST, f"{first:,}"), (Key.LAST, "latest")):
         st.number_input(
@@ -107,13 +104,15 @@ def _dragged(key: str) -> None:
             _show(max(0, math.ceil(low)), math.floor(high))
 
 
-def _strips(view: View, panels: list[Panel], pins: list[Pin], window: tuple[int, int], key: Key) -> None:
+def _strips(panels: list[Panel], pins: list[Pin], window: tuple[int, int], key: Key) -> None:
     # a chart that has been dragged keeps its selection: a new window gets a new chart
     name = f"{key}-{st.session_state[Key.FIRST]}-{st.session_state[Key.LAST]}"
     st.plotly_chart(
-        figures.lines(panels, pins, window, theme.palette()), key=name, theme=None, config=figures.CONFIG,
+        figures.lines(panels, pins[:MAX_PINS], window, theme.palette()), key=name, theme=None, config=figures.CONFIG,
         on_select=lambda: _dragged(name), selection_mode="box",
     )  # fmt: skip
+    if len(pins) > MAX_PINS:
+        st.html(markup.line(f"{len(pins) - MAX_PINS:,} more findings in these steps are not marked: look closer"))
 
 
 def _lines(
@@ -140,22 +139,20 @@ def _panel(
     return Panel(title, metric.title, data.unit(metric), shown, log, height)
 
 
-def _pins(view: View, window: tuple[int, int]) -> list[Pin]:
-    """Findings within the window: the heads of incidents, numbered as in the list, then what followed from them."""
+def _pins(view: View, window: tuple[int, int], module: str | None = None) -> list[Pin]:
+    """Findings within the window: heads of incidents, numbered as in the list, then the rest; only of ``module``."""
     heads, others = [], []
     rules = load_rules()
     for i, incident in enumerate(view.verdict.incidents, start=1):
         for finding in incident.findings:
             rule = rules.get(finding.rule)
             seen = finding.first_step <= window[1] and finding.last_step >= window[0]
-            if seen and (rule is None or rule.audit is None):  # a fact has no step
+            if seen and module in (None, finding.module) and (rule is None or rule.audit is None):  # a fact has no step
                 first, last = max(finding.first_step, window[0]), min(finding.last_step, window[1])
-                head = finding is incident.head
-                pin = Pin(
-                    first, last, finding.severity, str(i) if head else "", f"{finding.title}: {describe(finding, rule)}"
-                )
-                (heads if head else others).append(pin)
-    return (heads + others)[:MAX_PINS]
+                label = str(i) if finding is incident.head else ""
+                pin = Pin(first, last, finding.severity, label, f"{finding.title}: {describe(finding, rule)}")
+                (heads if label else others).append(pin)
+    return heads + others
 
 
 def _parameters(view: View, window: tuple[int, int]) -> None:
@@ -175,19 +172,15 @@ def _parameters(view: View, window: tuple[int, int]) -> None:
         if grid.hidden:
             note = f"{len(grid.modules)} of {len(modules):,} rows: those with the largest values"
         st.html(markup.line(note), width="content")
-    figure, curves = figures.heat_map(grid, metric.title, module, window, theme.palette())
+    figure, curves = figures.heat_map(grid, metric.title, module, window, theme.palette(), log=metric.plot.log)
     st.plotly_chart(
-        figure,
-        key=Key.MAP,
-        theme=None,
-        config=figures.CONFIG,
-        on_select=lambda: _clicked(curves),
+        figure, key=Key.MAP, theme=None, config=figures.CONFIG, on_select=lambda: _clicked(curves),
         selection_mode="points",
-    )
+    )  # fmt: skip
     st.html(markup.heading_of(module))
     own = [m for m in metrics.values() if module in view.modules(data.main_column(m))]
     panels = [_panel(view, m, window, log=m.plot.log, height=84, only=module) for m in own]
-    _strips(view, panels, [], window, Key.DETAIL)
+    _strips(panels, _pins(view, window, module), window, Key.DETAIL)
 
 
 def _clicked(curves: list[str]) -> None:

@@ -11,6 +11,7 @@ Source: Prieto et al. (2025), Grokking at the Edge of Numerical Stability, Defin
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,30 +57,42 @@ def logit_rows(z: Tensor, y: Tensor | None, dtype: torch.dtype, valid: Tensor | 
         y = torch.where(valid, y, 0)
     tiles = [_tile(z[i : i + rows].to(wide), None if y is None else y[i : i + rows]) for i in range(0, count, rows)]
     r = (torch.cat(tiles, dim=1) if len(tiles) > 1 else tiles[0]).double()
-    norm, cnorm, lse, entropy, top1, margin, true_margin, residual, right, sum_z, max_z, min_z = r.unbind(0)
+    residual, right = r[_RESIDUAL], r[_RIGHT]
     u = unit_roundoff(dtype)
     absorbed = (residual <= u).double()
     headroom = residual.log() - math.log(u)
-    largest = torch.stack((norm, cnorm, max_z, -min_z))
-    summed = torch.stack(
-        (norm, cnorm, cnorm / math.sqrt(k), norm.square(), sum_z, margin, true_margin, lse, lse.square(), entropy, top1,
-         absorbed * right, absorbed)
-    )  # fmt: skip
     if valid is None:
         n = torch.full((), float(count), dtype=torch.float64, device=z.device)
+        low = high = r
     else:
         n = valid.sum().double()
-        largest = torch.where(valid, largest, -math.inf)
-        summed = torch.where(valid, summed, 0.0)
+        low, high = torch.where(valid, r, math.inf), torch.where(valid, r, -math.inf)
+        r, absorbed = torch.where(valid, r, 0.0), torch.where(valid, absorbed, 0.0)
         headroom = torch.where(valid, headroom, math.inf)  # sorted behind the rows that count
-    top = largest.amax(dim=1)
-    sums = summed.sum(dim=1)
-    at = torch.stack([(q * n).ceil() - 1 for q in (0.05, 0.5)]).clamp_min_(0).long()
-    constant = torch.tensor([k, -math.log(u)], dtype=torch.float64).to(z.device, non_blocking=True)
-    return torch.cat(
-        (n.view(1), constant, sums[0:1], top[0:1], sums[1:2], top[1:2], sums[2:5], top[2:3], -top[3:4], sums[5:],
-         headroom.sort().values[at])
+    sums, squares = r.sum(dim=1), r[:_SQUARED].square().sum(dim=1)
+    top, bottom = high[:_EXTREME].amax(dim=1), low[_LOW].amin()
+    at = ((n * _quantiles(z.device)).ceil() - 1).clamp_min_(0).long()
+    norm, lse, cnorm, sum_z, _, _, margin, true_margin, entropy, top1, _, _ = sums.unbind()
+    constant = _constants(k, -math.log(u), z.device)
+    collapsed = (absorbed * right).sum() if valid is None else torch.where(valid, absorbed * right, 0.0).sum()
+    return torch.stack(
+        (n, *constant, norm, top[0], cnorm, top[2], cnorm / math.sqrt(k), squares[0], sum_z, top[4], bottom, margin,
+         true_margin, lse, squares[1], entropy, top1, collapsed, absorbed.sum(), *headroom.sort().values[at])
     ).float()  # fmt: skip
+
+
+# rows of what `_tile` returns
+_SQUARED, _EXTREME, _LOW, _RESIDUAL, _RIGHT = 2, 5, 5, 10, 11
+
+
+@cache
+def _quantiles(device: torch.device) -> Tensor:
+    return torch.tensor([0.05, 0.5], dtype=torch.float64, device=device)
+
+
+@cache
+def _constants(classes: int, u_nats: float, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.tensor([classes, u_nats], dtype=torch.float64, device=device).unbind()
 
 
 def _tile(z: Tensor, y: Tensor | None) -> Tensor:
@@ -106,5 +119,5 @@ def _tile(z: Tensor, y: Tensor | None) -> Tensor:
     log1p = residual.log1p()
     p = 1 / (1 + residual)
     return torch.stack(
-        (norm, cnorm, m + log1p, log1p - weighted * p, p, -second, true_margin, residual, right, shift + k * m, m, low)
+        (norm, m + log1p, cnorm, shift + k * m, m, low, -second, true_margin, log1p - weighted * p, p, residual, right)
     )

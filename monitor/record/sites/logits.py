@@ -15,7 +15,7 @@ from monitor.record.private import saved
 from monitor.record.site import Site
 
 #: Read all rows up to this many logits; above it, about `ROWS` rows evenly spaced from a random start.
-ALL, ROWS = 1 << 18, 256
+ALL, ROWS = 1 << 14, 256
 _IGNORE = -100
 
 

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from .conftest import Shell
+
+Call = tuple[Path, list[str], Path | None]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What the launcher was called with; it answers 7."""
+    seen: list[Call] = []
+
+    def run_script(script: Path, argv: list[str], run_dir: Path | None) -> int:
+        seen.append((script, argv, run_dir))
+        return 7
+
+    monkeypatch.setitem(sys.modules, "monitor.record.launcher", SimpleNamespace(run_script=run_script))
+    return seen
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(5)\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--help"],
+        ["--run-dir", "x", "--debug", "--version", "-m"],
+        ["a", "--", "b", "--lr=1e-3", "-h"],
+        ["", " ", "é"],
+    ],
+    ids=str,
+)
+def test_all_after_the_script_is_the_scripts(calls: list[Call], shell: Shell, script: Path, args: list[str]) -> None:
+    assert shell("run", script, *args).exit_code == 7
+    assert calls == [(script, args, None)]
+
+
+def test_options_before_the_script_are_ours(calls: list[Call], shell: Shell, script: Path, tmp_path: Path) -> None:
+    assert shell("run", "--run-dir", tmp_path / "here", script, "--run-dir", "there").exit_code == 7
+    assert calls == [(script, ["--run-dir", "there"], tmp_path / "here")]
+
+
+def test_a_script_that_is_not_there_is_one_line(calls: list[Call], shell: Shell, tmp_path: Path) -> None:
+    for name, said in (("no\x1b[31m.py", "does not exist"), ("", "is a folder")):
+        result = shell("run", tmp_path / name)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert said in result.stderr
+        assert "\x1b" not in result.stderr
+    assert calls == []
+
+
+def test_no_script_is_usage(calls: list[Call], shell: Shell) -> None:
+    assert shell("run").exit_code == 2
+    assert shell("run", "--unknown", "x.py").exit_code == 2
+
+
+def test_the_real_launcher_keeps_arguments_and_exit_code(script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "monitor_cli", "run", str(script), "--help", "--run-dir", "x"],
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "['--help', '--run-dir', 'x']\n"
+    assert done.returncode == 5

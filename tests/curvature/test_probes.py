@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from monitor.curvature import LossClosure, alignment, barrier, batch_sharpness, landscape, opposing_signals, spectrum
+from monitor.errors import UsageError
+
+
+def closure(problem, **options) -> LossClosure:
+    return LossClosure(problem.model, problem.loss_fn, problem.batch, dtype=torch.float64, **options)
+
+
+def test_batch_sharpness(classifier):
+    """Oracle: dense reference (torch.func, float64), and the mean and standard error by hand."""
+    batches = [(classifier.x[i : i + 8], classifier.y[i : i + 8]) for i in (0, 8, 16)]
+    expected, x, y = [], classifier.x, classifier.y
+    for batch in batches:
+        classifier.x, classifier.y = batch
+        H, g = classifier.hessian(), closure(classifier).gradient()
+        expected.append(float(g @ H @ g / (g @ g)))
+    classifier.x, classifier.y = x, y
+    found = batch_sharpness(classifier.model, F.cross_entropy, batches)
+    assert found.value == pytest.approx(np.mean(expected), rel=1e-4) and found.samples == 3
+    assert found.stderr == pytest.approx(np.std(expected, ddof=1) / 3**0.5, rel=1e-3)
+
+
+def test_projections_are_the_slopes_of_every_example(classifier):
+    """Oracle: dense reference: each example's own gradient, by a loop, times the direction."""
+    u = torch.randn(79, dtype=torch.float64)
+    found = opposing_signals(closure(classifier), u, count=4)
+    parameters = list(classifier.model.double().parameters())
+    slopes = []
+    for x, y in zip(classifier.x.double(), classifier.y, strict=True):
+        grads = torch.autograd.grad(F.cross_entropy(classifier.model(x[None]), y[None]), parameters)
+        slopes.append(float(torch.cat([g.reshape(-1) for g in grads]) @ u / u.norm()))
+    np.testing.assert_allclose(found.projections, slopes, rtol=1e-9, atol=1e-14)
+    order = np.argsort(slopes)
+    assert found.down.tolist() == order[:4].tolist() and found.up.tolist() == order[::-1][:4].tolist()
+    assert found.typical == pytest.approx(np.median(np.abs(slopes)))
+
+
+def test_planted_opposing_groups_are_found_by_their_ids():
+    """Oracle: planted fault: one loud feature on 16 of 256 examples, half of them with either of two labels."""
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 20) * 0.5, torch.randint(0, 10, (256,))
+    x[:16, 0] = 6.0
+    y[:8], y[8:16] = 3, 5
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.15)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    c = LossClosure(model, F.cross_entropy, (x, y))
+    u = spectrum(model, c, top=1, bottom=0, steps=0, samples=0).eigenvectors[0]
+    found = opposing_signals(c, u, count=8)
+    sides = {frozenset(found.up.tolist()), frozenset(found.down.tolist())}
+    assert sides == {frozenset(range(8)), frozenset(range(8, 16))}
+    assert np.abs(found.projections[:16]).min() > 3 * found.typical
+
+
+def test_alignment(classifier):
+    """Oracle: dense reference for every number; identical sources agree exactly."""
+    model, (x, y) = classifier.model, classifier.batch
+    parts = {"a": (x[:12], y[:12]), "b": (x[12:], y[12:]), "a again": (x[:12], y[:12])}
+    sources = {k: LossClosure(model, F.cross_entropy, b, dtype=torch.float64) for k, b in parts.items()}
+    found = alignment(sources, hessians=True, tol=1e-6)
+    H, g = [], []
+    for classifier.x, classifier.y in parts.values():
+        H.append(classifier.hessian())
+        g.append(closure(classifier).gradient())
+    G, P = torch.stack(g), torch.stack([h @ v for h, v in zip(H, g, strict=True)])
+    cosine = float(g[0] @ g[1] / g[0].norm() / g[1].norm())
+    assert found.names == ("a", "b", "a again")
+    np.testing.assert_allclose(found.gradient_cosine, [[1, cosine, 1], [cosine, 1, cosine], [1, cosine, 1]], rtol=1e-9)
+    np.testing.assert_allclose(found.gradient_distance, (G - G.mean(0)).square().sum(1), rtol=1e-9)
+    np.testing.assert_allclose(found.product_distance, (P - P.mean(0)).square().sum(1), rtol=1e-8)
+    norm = float(torch.linalg.matrix_norm(H[0] - H[1], 2))
+    assert found.hessian_distance is not None
+    np.testing.assert_allclose(
+        found.hessian_distance, [[0, norm, 0], [norm, 0, norm], [0, norm, 0]], rtol=1e-5, atol=1e-12
+    )
+    same = alignment({"a": sources["a"], "b": sources["a again"]})
+    assert not same.gradient_distance.any() and same.hessian_distance is None
+
+
+def test_doubled_inputs_quadruple_the_hessian():
+    """Oracle: closed form (spec 5.10): at W = 0, X_b = 2 X_a gives H_b = 4 H_a, so ‖H_a − H_b‖ = 3 λ_max(X'X/N)/C."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 3, (40,))
+    model = nn.Linear(4, 3, bias=False).double()
+    nn.init.zeros_(model.weight)
+    sources = {str(s): LossClosure(model, F.cross_entropy, (s * x, y)) for s in (1, 2)}
+    found = alignment(sources, hessians=True, tol=1e-8)
+    expected = 3 * float(torch.linalg.eigvalsh(x.T @ x / 40)[-1]) / 3
+    assert found.hessian_distance is not None and found.hessian_distance[0, 1] == pytest.approx(expected, rel=1e-8)
+
+
+def test_landscape_of_a_quadratic():
+    """Oracle: closed form: ½ Σ λ (w + t)² on the axes; the model is where it was."""
+    model = nn.Linear(3, 1, bias=False).double()
+    curvature = torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)
+    c = LossClosure(model, lambda: 0.5 * (curvature * model.weight**2).sum())
+    w = model.weight.detach().clone()[0]
+    axes = 5 * torch.eye(3)[:2]
+    line = landscape(c, axes[:1], radius=2.0, points=5)
+    t = np.linspace(-2, 2, 5)
+    rest = 0.5 * (curvature[1:] * w[1:] ** 2).sum().item()
+    np.testing.assert_allclose(line.losses, 0.5 * 4 * (w[0].item() + t) ** 2 + rest, rtol=1e-12)
+    plane = landscape(c, axes, radius=2.0, points=3)
+    assert plane.losses.shape == (3, 3) and plane.losses[1, 1] == pytest.approx(c.value())
+    assert plane.losses[2, 0] == pytest.approx(
+        0.5 * float(4 * (w[0] + 2) ** 2 + (w[1] - 2) ** 2 + 0.25 * w[2] ** 2), rel=1e-12
+    )
+    assert torch.equal(model.weight[0], w)
+
+
+def test_barrier():
+    """Oracle: closed form: a double well (w² − 1)² has a barrier of 1 between its minima; a convex loss has none."""
+    model = nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(-1.0)
+    other = {"weight": torch.ones(1, 1), "unrelated": torch.ones(5)}
+    well = barrier(LossClosure(model, lambda: ((model.weight**2 - 1) ** 2).sum()), other)
+    assert well.height == pytest.approx(1.0) and well.losses[10] == pytest.approx(1.0) and len(well.alphas) == 21
+    assert barrier(LossClosure(model, lambda: (model.weight**2).sum()), other).height == 0.0
+    tilted = barrier(LossClosure(model, lambda: model.weight.sum() * 3), other)
+    assert tilted.height == pytest.approx(0.0, abs=1e-15) and tilted.losses[-1] == pytest.approx(3.0)
+    assert model.weight.item() == -1.0
+
+
+def test_messages(classifier):
+    """Oracle: planted fault."""
+    c = closure(classifier)
+    plain = LossClosure(classifier.model, lambda: classifier.loss_fn(classifier.model(classifier.x), classifier.y))
+    for call, message in [
+        (lambda: batch_sharpness(classifier.model, F.cross_entropy, [classifier.batch]), "expected at least 2"),
+        (lambda: opposing_signals(plain, torch.ones(79)), "plain closure"),
+        (lambda: opposing_signals(c, torch.ones(3)), r"direction has shape \(3,\)"),
+        (lambda: alignment({"one": c}), "expected at least 2 to compare"),
+        (lambda: landscape(c, torch.ones(3, 79)), "expected one or two of"),
+        (lambda: landscape(c, torch.ones(1, 79), points=4), "odd number"),
+        (lambda: barrier(c, {}), r"other has nothing for parameter 0\.weight"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            call()

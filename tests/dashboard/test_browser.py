@@ -1,0 +1,165 @@
+"""The page in a real browser: it follows a run that is being written, keeps the chosen steps, asks nobody else."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+import monitor
+import monitor_dashboard
+
+CHROMIUM = Path("/usr/bin/chromium")
+APP = Path(monitor_dashboard.__file__).parent / "app.py"
+SOURCES = [str(APP.parents[1]), str(Path(monitor.__file__).parents[1])]
+#: Names that would fetch something, or run, if anything took them for markup.
+EVIL = "blocks.9.<img src=http://192.0.2.1/x.png onerror=alert(1)>![x](http://192.0.2.1/y.png):material/home:%{x}"
+RANGE = "() => document.querySelector('.js-plotly-plot').layout.xaxis.range"
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Any]:
+    """Starts the real server on a folder, from a folder of no importance; its address."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(folder: Path) -> str:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command = [sys.executable, "-m", "streamlit", "run", str(APP), f"--server.port={port}"]
+        path = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
+        with (tmp_path / "server.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=tmp_path,
+                    env=os.environ | {"MONITOR_RUNS": str(folder), "PYTHONPATH": path},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        wait_for(lambda: healthy(port), "the server answers", seconds=60)
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of a browser that writes down what it is asked to fetch and what goes wrong: ``asked``, ``wrong``."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"no browser: {CHROMIUM} is not installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        shown: Any = browser.new_page(viewport={"width": 1440, "height": 900})
+        shown.asked, shown.wrong = [], []
+        shown.on("request", lambda request: shown.asked.append(request.url))
+        shown.on("websocket", lambda socket: shown.asked.append(socket.url))
+        shown.on("pageerror", lambda error: shown.wrong.append(str(error)))
+        shown.on("console", lambda line: shown.wrong.append(line.text) if line.type == "error" else None)
+        yield shown
+        browser.close()
+
+
+def healthy(port: int) -> bool:
+    """True once the server answers on ``port``."""
+    try:
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=2)) as connection:
+            connection.request("GET", "/_stcore/health")
+            return connection.getresponse().status == 200
+    except OSError:
+        return False
+
+
+def wait_for(condition: Any, what: str, seconds: float = 20) -> None:
+    """Return once ``condition()`` holds; fail with ``what`` otherwise."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain until {what}"
+        time.sleep(0.1)
+
+
+def test_live_run_in_a_browser(scripted, serve, page, tmp_path: Path) -> None:
+    """Oracle: planted faults (a spike, a hostile name), and what a person would see and do."""
+    run = scripted(tmp_path / "runs" / "<b>live</b>", modules=("a.weight", "b.weight", EVIL), spike=150)
+    run.train(240).flush().train(10)
+    page.goto(serve(tmp_path / "runs"))
+    page.wait_for_selector(".js-plotly-plot .heatmaplayer", timeout=60_000)
+
+    def steps(n: int) -> bool:
+        return f"{n} steps" in page.locator(".mon-head").inner_text()
+
+    def visible() -> list[float]:
+        return page.evaluate(RANGE)
+
+    def address() -> str:
+        return page.evaluate("location.href")
+
+    assert steps(250)
+    assert "recording" in page.locator(".mon-head").inner_text()
+    assert "spike" in page.locator(".mon-verdict").inner_text().lower()
+    assert 249 < visible()[1] < 252
+
+    # it follows the run
+    run.train(20)
+    wait_for(lambda: steps(270), "new steps are shown")
+    wait_for(lambda: 269 < visible()[1] < 272, "the last step moves on")
+
+    # a drag chooses steps, and they stay chosen while the run goes on
+    chart = page.locator(".js-plotly-plot").first.bounding_box()
+    page.mouse.move(chart["x"] + 500, chart["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(chart["x"] + 700, chart["y"] + 110, steps=5)
+    page.mouse.up()
+    wait_for(lambda: "from=" in address() and "to=" in address(), "the address has the steps")
+    wait_for(lambda: visible()[1] < 260, "the chart shows them")
+    chosen, link = visible(), address()
+    run.train(20)
+    wait_for(lambda: steps(290), "new steps are shown")
+    time.sleep(0.5)  # the charts are drawn after the words
+    assert visible() == chosen
+    assert address() == link
+
+    # a click on a row shows its series
+    rows = page.locator(".js-plotly-plot").nth(1).bounding_box()
+    page.mouse.click(rows["x"] + 600, rows["y"] + 32 + 64 / 6)
+    wait_for(lambda: page.locator(".mon-module").inner_text() == "a.weight", "the row is chosen")
+    page.mouse.move(rows["x"] + 600, rows["y"] + 32 + 64 * 5 / 6)
+    wait_for(lambda: "%{x}" in (page.locator(".hoverlayer").nth(1).text_content() or ""), "the hostile name is told")
+
+    # paused, it stands still
+    page.get_by_text("follow the run").click()
+    wait_for(lambda: "live=" in address(), "the address says so")
+    time.sleep(2)  # what was asked for before the pause is drawn
+    run.train(20)
+    time.sleep(3)
+    assert steps(290)
+    page.get_by_text("follow the run").click()
+    wait_for(lambda: steps(310), "it follows again")
+
+    # the end of the run is seen
+    run.finish()
+    wait_for(lambda: "finished" in page.locator(".mon-head").inner_text(), "the end is shown")
+    page.screenshot(path=str(tmp_path / "page.png"))
+    assert page.locator("img[src*='192.0.2.1']").count() == 0
+    assert {urlsplit(url).hostname for url in page.asked if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
+    assert page.wrong == []
+    log = (tmp_path / "server.log").read_text(encoding="utf-8")
+    assert "Traceback" not in log, log

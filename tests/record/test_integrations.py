@@ -1,0 +1,200 @@
+"""Real clients, unmodified: two-process data parallel, Hugging Face Trainer, Accelerate, Lightning where installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import monitor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DDP = """
+import os, sys, hashlib, torch, torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5))
+if sys.argv[1] == "sharded":
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    called = model
+else:
+    called = DistributedDataParallel(model)
+if sys.argv[2] != "-":
+    import monitor
+    monitor.attach(called, sys.argv[2])
+opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+g = torch.Generator().manual_seed(rank)
+digest = hashlib.sha256()
+for _ in range(20):
+    x, y = torch.randn(8, 12, generator=g), torch.randint(0, 5, (8,), generator=g)
+    opt.zero_grad()
+    loss = F.cross_entropy(called(x), y)
+    loss.backward()
+    opt.step()
+    digest.update(loss.detach().numpy().tobytes())
+for p in model.parameters():
+    p = getattr(p, "_local_tensor", p)
+    digest.update(p.detach().numpy().tobytes())
+print(f"rank {rank} {digest.hexdigest()}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+
+
+def two_processes(tmp_path: Path, kind: str, run: str) -> list[str]:
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    port = str(20000 + os.getpid() % 20000 + (1 if run != "-" else 0))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), kind, run],
+            env=os.environ | {"RANK": str(r), "MASTER_PORT": port} | TWO,
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    lines = []
+    for p in processes:
+        out, err = p.communicate(timeout=120)
+        assert p.returncode == 0, err
+        lines += [line for line in out.splitlines() if line.startswith("rank")]
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_two_gloo_processes(tmp_path: Path, kind: str) -> None:
+    """Oracle: invariance. Losses and parameters of both ranks, hashed, with and without the monitor."""
+    control = two_processes(tmp_path, kind, "-")
+    assert len(control) == 2
+    assert two_processes(tmp_path, kind, str(tmp_path / "run")) == control
+    run = monitor.open(tmp_path / "run")
+    assert run.steps == 20
+    assert run.modules("grad_norm.norm") == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert len(run.series("loss.value")[0]) == 20
+
+
+TRAINER = """
+import hashlib, sys, torch
+torch.set_num_threads(1)
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=32))
+tokens = torch.randint(0, 64, (64, 16), generator=torch.Generator().manual_seed(1))
+data = [{"input_ids": t, "labels": t} for t in tokens]
+args = TrainingArguments(sys.argv[1], max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+                         report_to=[], logging_steps=4, use_cpu=True, save_strategy="no", disable_tqdm=True, seed=0)
+trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:8])
+trainer.train()
+digest = hashlib.sha256(repr(trainer.evaluate()["eval_loss"]).encode())
+for p in model.parameters():
+    digest.update(p.detach().numpy().tobytes())
+digest.update(torch.get_rng_state().numpy().tobytes())
+print("digest", digest.hexdigest())
+"""
+
+
+def test_an_unmodified_trainer_run(tmp_path: Path) -> None:
+    """Oracle: invariance, through ``monitor run``: parameters, evaluation loss and generator of a Hugging Face run."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    script = tmp_path / "train.py"
+    script.write_text(TRAINER)
+
+    def digest(*command: str) -> str:
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("digest"))
+
+    control = digest(sys.executable)
+    folder = tmp_path / "run"
+    assert digest(sys.executable, "-m", "monitor_cli", "run", "--run-dir", str(folder)) == control
+    run = monitor.open(folder)
+    assert run.steps == 12
+    assert run.modules("grad_norm.norm")[0] == "transformer.wte.weight"
+    steps, losses = run.series("loss.value")
+    assert len(steps) == 12
+    assert 3.5 < losses[0] < 5  # about ln 64, not twice or half of it
+    assert len(run.series("logit_norm.mean", "cross_entropy")[0]) == 12
+    assert json.dumps(run.facts["optimizers"])
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    """Oracle: definition. Accelerate's wrapper is an optimizer too; only the inner one steps, once."""
+    accelerate = pytest.importorskip("accelerate")
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    engine = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, opt = engine.prepare(model, opt)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(10):
+            with engine.accumulate(model):
+                loss = nn.functional.cross_entropy(model(torch.randn(8, 12)), torch.randint(0, 5, (8,)))
+                engine.backward(loss)
+                opt.step()
+                opt.zero_grad()
+    run = monitor.open(tmp_path / "run")
+    assert run.steps == 5
+    assert run.series("loss.value")[1] == pytest.approx(1.6, abs=0.5)
+
+
+@pytest.mark.filterwarnings("ignore")  # its own, about the versions of what it stands on
+def test_lightning(tmp_path: Path) -> None:
+    """Oracle: invariance. Lightning runs forward and backward inside the optimizer's step."""
+    lightning = pytest.importorskip("lightning")
+    import torch
+    from torch import nn
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def train(watch) -> list[float]:
+        lightning.seed_everything(0, verbose=False)
+        data = torch.utils.data.TensorDataset(torch.randn(40, 12), torch.randint(0, 5, (40,)))
+        module = Module()
+        watch(module)
+        trainer = lightning.Trainer(
+            max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+        return [p.sum().item() for p in module.parameters()]
+
+    control = train(lambda _: None)
+    handles: list[monitor.Handle] = []
+    assert train(lambda m: handles.append(monitor.attach(m, tmp_path / "run"))) == control
+    handles[0].close()
+    run = monitor.open(tmp_path / "run")
+    assert run.steps == 10
+    assert len(run.series("loss.value")[0]) >= 9
