@@ -111,8 +111,8 @@ class Rule:
         title: the name of the trouble, as it is shown.
         severity: of its findings, unless a hit is marked critical.
         site: where in the step the trouble shows, one of `SITES`; orders causes within one step.
-        message: one sentence with ``{value}``, ``{threshold}``, ``{module}``, ``{step}`` and the names of evidence as
-            `str.format` fields.
+        message: one sentence with ``{value}``, ``{threshold}``, ``{module}``, ``{site}``, ``{step}`` and the names of
+            evidence as `str.format` fields.
         refute: what observation would show the finding to be wrong.
         remedies: what to do, most useful first.
         params: thresholds and windows, each with its source.

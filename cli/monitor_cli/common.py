@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,14 @@ def show(*blocks: RenderableType) -> None:
     with out.capture() as text:
         out.print(*blocks, sep="\n")
     out.file.write(re.sub(r" +$", "", text.get(), flags=re.MULTILINE))
+
+
+def one_thread() -> None:
+    """Before NumPy is imported: start no threads for matrix products, of which reading a run has none.
+
+    Starting them takes a quarter of the CPU time of `monitor inspect` (0.50 s against 0.38 s).
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @contextmanager

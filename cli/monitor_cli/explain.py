@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from monitor.errors import UsageError
-from monitor_cli.common import Debug, reported, show
+from monitor_cli.common import Debug, one_thread, reported, show
 
 
 def explain(
@@ -23,6 +23,7 @@ def explain(
     Definition, units, cost and source of a metric; meaning, thresholds, remedies and limits of a rule.
     """
     with reported(debug):
+        one_thread()
         from monitor.metric import load_metrics
         from monitor.rule import load_rules
         from monitor_cli import render

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from monitor.errors import RunFormatError, UsageError
-from monitor_cli.common import Debug, console, reported, runs_folder, show
+from monitor_cli.common import Debug, console, one_thread, reported, runs_folder, show
 
 if TYPE_CHECKING:
     from monitor.store.run import Run
@@ -50,6 +50,7 @@ def inspect(
     with reported(debug):
         if json and watch:
             raise UsageError("--json and --watch exclude each other; repeat --json instead")
+        one_thread()
         # imported late: `monitor run` must not load what reads runs
         from monitor_cli import jsonout, render
         from monitor_cli.view import look

@@ -67,8 +67,60 @@ class Pin:
     text: str
 
 
+class _Sheet:
+    """A figure as plain data, made into a plotly figure once: its own update methods take four times as long.
+
+    Args:
+        window: first and last visible step.
+        height: pixels between the top margin and the step axis.
+        top: pixels of the top margin.
+        p: colours.
+    """
+
+    def __init__(self, window: tuple[int, int], height: int, top: int, p: Palette) -> None:
+        first, last = window
+        pad = max((last - first) * 0.005, 0.5)
+        self.p = p
+        self.traces: list[dict[str, Any]] = []
+        self.shapes: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.xaxis: dict[str, Any] = {
+            "range": [first - pad, last + pad], "fixedrange": True, "showgrid": False, "zeroline": False,
+            "tickformat": ",d", "tickfont": {"size": 11, "color": p.faded}, "nticks": 9, "ticks": "outside",
+            "ticklen": 4, "tickcolor": p.border, "showline": True, "linecolor": p.border,
+            "unifiedhovertitle": {"text": "<b>step %{x:,d}</b>"},
+        }  # fmt: skip
+        self.layout: dict[str, Any] = {
+            "height": height + top + _AXIS,
+            "margin": {"l": GUTTER, "r": RIGHT, "t": top, "b": _AXIS, "autoexpand": False},
+            "paper_bgcolor": p.surface, "plot_bgcolor": p.surface, "showlegend": False,
+            "font": {"family": _FONT, "color": p.text, "size": 12},
+            "hoverlabel": {
+                "bgcolor": p.panel, "bordercolor": p.border, "align": "left",
+                "font": {"family": _FONT, "size": 12, "color": p.text},
+            },
+        }  # fmt: skip
+
+    def line(self, **trace: Any) -> None:
+        """Add a scatter trace over steps."""
+        self.traces.append({"type": "scatter", "xaxis": "x", **trace})
+
+    def gutter(self, y: float, down: int, text: str, colour: str, size: int) -> None:
+        """Write HTML into the gutter, ``down`` pixels below ``y`` of the figure's height."""
+        self.annotations.append({
+            "xref": "paper", "yref": "paper", "x": 0, "y": y, "xshift": -GUTTER, "yshift": -down, "xanchor": "left",
+            "yanchor": "top", "text": text, "showarrow": False, "align": "left", "borderpad": 0,
+            "font": {"size": size, "color": colour},
+        })  # fmt: skip
+
+    def figure(self) -> go.Figure:
+        """The finished figure."""
+        drawn = {"xaxis": self.xaxis, "shapes": self.shapes, "annotations": self.annotations}
+        return go.Figure(data=self.traces, layout=self.layout | drawn)
+
+
 def lines(panels: Sequence[Panel], pins: Sequence[Pin], window: tuple[int, int], p: Palette) -> go.Figure:
-    """Strips of lines over the same steps, one above the other, with findings pinned to the first.
+    """Strips of lines over the same steps, one above the other, with findings pinned above them.
 
     Args:
         panels: at least one, from the top.
@@ -76,127 +128,116 @@ def lines(panels: Sequence[Panel], pins: Sequence[Pin], window: tuple[int, int],
         window: first and last visible step.
         p: colours.
     """
-    figure = go.Figure()
     gap, strip = 16, 22 if pins else 0
     inner = strip + sum(panel.height for panel in panels) + gap * (len(panels) - 1)
+    sheet = _Sheet(window, inner, 6, p)
     edge = float(inner - strip)
     for i, panel in enumerate(panels, start=1):
-        domain = ((edge - panel.height) / inner, edge / inner)
+        _panel(sheet, panel, "y" if i == 1 else f"y{i}", ((edge - panel.height) / inner, edge / inner))
         edge -= panel.height + gap
-        _panel(figure, panel, i, domain, p)
-    for pin in pins:
-        colour = p.level[pin.severity]
-        if pin.label:
-            figure.add_shape(
-                type="rect", xref="x", yref="paper", x0=pin.first, x1=max(pin.last, pin.first), y0=0, y1=1,
-                fillcolor=colour, opacity=0.08, line_width=0, layer="below",
-            )  # fmt: skip
-            figure.add_shape(
-                type="line", xref="x", yref="paper", x0=pin.first, x1=pin.first, y0=0, y1=1,
-                line={"color": colour, "width": 1, "dash": "dot"}, layer="below",
-            )  # fmt: skip
-    _pins(figure, pins, 1 - strip / inner, p)
-    _frame(figure, window, inner + 6 + _AXIS, p, top=6)
-    figure.update_layout(
-        hovermode="x unified", hoversubplots="axis", dragmode="select", selectdirection="h",
-        newselection={"line": {"color": p.faded, "width": 1, "dash": "dot"}},
-    )  # fmt: skip
-    figure.update_xaxes(anchor=f"y{len(panels)}" if len(panels) > 1 else "y")
-    return figure
+    if pins:
+        _pins(sheet, pins, 1 - strip / inner)
+    sheet.xaxis |= {
+        "anchor": "y" if len(panels) == 1 else f"y{len(panels)}", "spikemode": "across", "spikethickness": 1,
+        "spikedash": "solid", "spikecolor": p.faded,
+    }  # fmt: skip
+    sheet.layout |= {
+        "hovermode": "x unified", "hoversubplots": "axis", "dragmode": "select", "selectdirection": "h",
+        "newselection": {"line": {"color": p.faded, "width": 1, "dash": "dot"}},
+    }  # fmt: skip
+    return sheet.figure()
 
 
-def _panel(figure: go.Figure, panel: Panel, i: int, domain: tuple[float, float], p: Palette) -> None:
-    axis = "y" if i == 1 else f"y{i}"
-    drawn = [v for line in panel.lines.values() for v in (line.low, line.high)]
-    low, high = _range(drawn, panel.log)
-    figure.update_layout({
-        f"yaxis{'' if i == 1 else i}": {
-            "domain": domain, "range": [low, high], "type": "log" if panel.log else "linear", "fixedrange": True,
-            "gridcolor": p.border, "zeroline": False, "nticks": max(3, panel.height // 40), "exponentformat": "power",
-            "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
-        }
-    })  # fmt: skip
+def _panel(sheet: _Sheet, panel: Panel, axis: str, domain: tuple[float, float]) -> None:
+    p = sheet.p
+    limits = _range([v for line in panel.lines.values() for v in (line.low, line.high)], panel.log)
+    sheet.layout[f"yaxis{axis[1:]}"] = {
+        "domain": domain, "range": limits, "type": "log" if panel.log else "linear", "fixedrange": True,
+        "gridcolor": p.border, "zeroline": False, "nticks": max(3, panel.height // 40), "exponentformat": "power",
+        "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
+    }  # fmt: skip
     top = domain[1]
     caption = html_lines(panel.caption, 27)
     below = 34 + 13 * caption.count("<br>")
-    _gutter(figure, top, 0, f"<b>{html(panel.title, 24)}</b>", p.text, 13)
-    _gutter(figure, top, 17, caption, p.faded, 11)
+    sheet.gutter(top, 0, f"<b>{html(panel.title, 24)}</b>", p.text, 13)
+    sheet.gutter(top, 17, caption, p.faded, 11)
     for n, (name, line) in enumerate(panel.lines.items()):
         colour = p.lines[n % len(p.lines)]
-        _line(figure, line, f"{panel.title} {name}", axis, colour, (low, high), panel.log, p.broken)
+        label = _template(html(f"{panel.title} {name}", 40))
+        _line(sheet, line, label, axis, colour)
+        _odd(sheet, line, label, axis, limits, panel.log)
         row = f"{html(name, 16)}  <b>{number(line.last) if line.count else '–'}</b> {html(panel.unit, 12)}"
         if below + 15 * n < panel.height - 10:
-            _gutter(figure, top, below + 15 * n, row, colour, 12)
+            sheet.gutter(top, below + 15 * n, row, colour, 12)
 
 
-def _line(
-    figure: go.Figure,
-    line: Line,
-    name: str,
-    axis: str,
-    colour: str,
-    limits: tuple[float, float],
-    log: bool,
-    broken: str,
-) -> None:
-    label = html(name, 40)
-    shared = {"yaxis": axis, "xaxis": "x", "showlegend": False}
+def _line(sheet: _Sheet, line: Line, label: str, axis: str, colour: str) -> None:
     if line.reduced:
-        # out along the top and back along the bottom: one polygon, whose thin edge keeps one-step extremes visible
-        solid = ~np.isnan(line.high)
-        x, high, low = line.steps[solid], line.high[solid], line.low[solid]
-        figure.add_scatter(
-            x=np.concatenate([x, x[::-1]]), y=np.concatenate([high, low[::-1]]), mode="lines", hoverinfo="skip",
-            fill="toself", fillcolor=_fade(colour, 0.22), line={"color": _fade(colour, 0.45), "width": 0.7}, **shared,
+        x, y = _band(line)
+        # its thin edge keeps one-step extremes visible
+        sheet.line(
+            x=x, y=y, yaxis=axis, mode="lines", fill="toself", fillcolor=_fade(colour, 0.22), hoverinfo="skip",
+            line={"color": _fade(colour, 0.45), "width": 0.7},
         )  # fmt: skip
-    if line.reduced:
         found = zip(line.low, line.mean, line.high, strict=True)
         text = [f"{number(mean)} ({number(low)} … {number(high)})" for low, mean, high in found]
     else:
         text = [number(v) for v in line.mean]
-    figure.add_scatter(
-        x=line.steps, y=line.mean, mode="lines", connectgaps=False, line={"color": colour, "width": 1.5},
-        customdata=text, hovertemplate=f"{_template(label)}  <b>%{{customdata}}</b><extra></extra>", **shared,
+    sheet.line(
+        x=line.steps, y=line.mean, yaxis=axis, mode="lines", line={"color": colour, "width": 1.5}, customdata=text,
+        hovertemplate=f"{label}  <b>%{{customdata}}</b><extra></extra>",
     )  # fmt: skip
-    _lonely(figure, line, colour, shared)
-    if len(line.odd):
-        at = [limits[0] if kind in ("≤ 0", "-inf") else limits[1] for kind in line.odd]
-        figure.add_scatter(
-            x=line.odd_steps, y=[10**v for v in at] if log else at, mode="markers", customdata=line.odd,
-            marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.6, "color": broken}}, cliponaxis=False,
-            hovertemplate=f"{_template(label)} <b>%{{customdata}}</b><extra></extra>", **shared,
-        )  # fmt: skip
-
-
-def _lonely(figure: go.Figure, line: Line, colour: str, shared: dict[str, Any]) -> None:
-    """Dots for values between two gaps, through which no line runs."""
     absent = np.isnan(line.mean)
-    before, after = np.append(True, absent[:-1]), np.append(absent[1:], True)
-    alone = ~absent & before & after
-    if alone.any():
-        figure.add_scatter(
-            x=line.steps[alone], y=line.mean[alone], mode="markers", marker={"size": 4, "color": colour},
-            hoverinfo="skip", **shared,
+    alone = ~absent & np.append(True, absent[:-1]) & np.append(absent[1:], True)
+    if alone.any():  # a value between two gaps, through which no line runs
+        sheet.line(
+            x=line.steps[alone], y=line.mean[alone], yaxis=axis, mode="markers", hoverinfo="skip",
+            marker={"size": 4, "color": colour},
         )  # fmt: skip
 
 
-def _pins(figure: go.Figure, pins: Sequence[Pin], bottom: float, p: Palette) -> None:
-    if not pins:
-        return
+def _band(line: Line) -> tuple[Floats, Floats]:
+    """The outline of a reduced line: along its top and back along its bottom, a polygon for each piece between gaps."""
+    solid = np.flatnonzero(~np.isnan(line.high))
+    x, y = [], []
+    for piece in np.split(solid, np.flatnonzero(np.diff(solid) > 1) + 1):
+        x += [line.steps[piece], line.steps[piece[::-1]], [np.nan]]
+        y += [line.high[piece], line.low[piece[::-1]], [np.nan]]
+    return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
+
+
+def _odd(sheet: _Sheet, line: Line, label: str, axis: str, limits: tuple[float, float], log: bool) -> None:
+    """Crosses on the edge of the scale where a value has no place on it."""
+    if line.odd:
+        at = [limits[0] if kind in ("≤ 0", "-inf") else limits[1] for kind in line.odd]
+        sheet.line(
+            x=line.odd_steps, y=[10**v for v in at] if log else at, yaxis=axis, mode="markers", cliponaxis=False,
+            marker={"symbol": "x-thin", "size": 7, "line": {"width": 1.6, "color": sheet.p.broken}},
+            customdata=line.odd, hovertemplate=f"{label} <b>%{{customdata}}</b><extra></extra>",
+        )  # fmt: skip
+
+
+def _pins(sheet: _Sheet, pins: Sequence[Pin], bottom: float) -> None:
+    p = sheet.p
     # a strip of their own above the lines: a mark on the edge of a scale would be clipped or hide a value
-    figure.update_layout(yaxis20={"domain": [bottom, 1], "range": [0, 1], "fixedrange": True, "visible": False})
-    for head in (False, True):  # numbered heads last, so that they lie on top
-        chosen = [pin for pin in pins if bool(pin.label) == head]
-        if not chosen:
-            continue
-        colours = [p.level[pin.severity] for pin in chosen]
-        figure.add_scatter(
-            x=[pin.first for pin in chosen], y=[0.5] * len(chosen), yaxis="y20", xaxis="x",
-            mode="markers+text" if head else "markers", text=[pin.label for pin in chosen], showlegend=False,
-            textfont={"color": p.surface, "size": 11, "weight": 700}, cliponaxis=False,
-            marker={"symbol": "circle" if head else "triangle-down", "size": 17 if head else 8, "color": colours},
-            customdata=[html_lines(pin.text) for pin in chosen], hovertemplate="%{customdata}<extra></extra>",
-        )  # fmt: skip
+    sheet.layout["yaxis20"] = {"domain": [bottom, 1], "range": [0, 1], "fixedrange": True, "visible": False}
+    heads = [pin for pin in pins if pin.label]
+    over = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    for pin in heads:
+        colour = p.level[pin.severity]
+        band = {"type": "rect", "x0": pin.first, "x1": pin.last, "fillcolor": colour, "opacity": 0.08}
+        edge = {"type": "line", "x0": pin.first, "x1": pin.first, "line": {"color": colour, "width": 1, "dash": "dot"}}
+        sheet.shapes += [over | band | {"line": {"width": 0}}, over | edge]
+    others = [pin for pin in pins if not pin.label]
+    # heads last, so that they lie on top
+    for chosen, look in ((others, {"symbol": "triangle-down", "size": 8}), (heads, {"symbol": "circle", "size": 17})):
+        if chosen:
+            sheet.line(
+                x=[pin.first for pin in chosen], y=[0.5] * len(chosen), yaxis="y20", mode="markers+text",
+                marker={**look, "color": [p.level[pin.severity] for pin in chosen]},
+                text=[pin.label for pin in chosen], textfont={"color": p.surface, "size": 11, "weight": 700},
+                customdata=[html_lines(pin.text) for pin in chosen], hovertemplate="%{customdata}<extra></extra>",
+            )  # fmt: skip
 
 
 def heat_map(
@@ -225,9 +266,10 @@ def heat_map(
     if log:
         with np.errstate(divide="ignore", invalid="ignore"):
             shade = np.where(shade > 0, np.log10(shade), np.where(grid.state == VALUE, low, np.nan))
+    sheet = _Sheet(window, height, 32, p)
     shared = {"type": "heatmap", "x": middle, "y": y, "hoverinfo": "skip"}
     ticks, words = _ticks(low, high, log)
-    traces: list[dict[str, Any]] = [
+    sheet.traces += [
         shared | {
             "z": shade.astype(np.float32), "zmin": low, "zmax": high,
             "colorscale": [[i / (len(p.scale) - 1), colour] for i, colour in enumerate(p.scale)],
@@ -248,36 +290,34 @@ def heat_map(
     for row, module in enumerate(grid.modules):
         cells = grid.state[row] != MISSING
         value = np.where(grid.state[row] == NAN, np.nan, np.where(grid.state[row] == INF, np.inf, grid.values[row]))
-        traces.append({
-            "type": "scatter", "mode": "markers", "x": middle[cells], "y": np.full(int(cells.sum()), row, np.int16),
-            "marker": {"color": "rgba(0,0,0,0)", "size": 1, "maxdisplayed": 1}, "showlegend": False,
-            "customdata": value[cells].astype(np.float32),
-            "hovertemplate": f"<b>{_template(html(module, 70))}</b><br>%{{customdata:.2e}} · {where}<extra></extra>",
-        })  # fmt: skip
+        sheet.line(
+            x=middle[cells], y=np.full(int(cells.sum()), row, np.int16), mode="markers",
+            marker={"color": "rgba(0,0,0,0)", "size": 1, "maxdisplayed": 1}, customdata=value[cells].astype(np.float32),
+            hovertemplate=f"<b>{_template(html(module, 70))}</b><br>%{{customdata:.2e}} · {where}<extra></extra>",
+        )  # fmt: skip
         curves.append(module)
-    figure = go.Figure(data=traces)  # at once: adding them one by one takes four times as long
     if selected in grid.modules:
         at = grid.modules.index(selected)
         if height >= 8 * rows:
-            edge = {"color": p.text, "width": 1.2}
-            figure.add_shape(type="rect", xref="paper", x0=0, x1=1, y0=at - 0.5, y1=at + 0.5, line=edge)
+            edge = {"line": {"color": p.text, "width": 1.2}}
+            sheet.shapes.append(
+                {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": at - 0.5, "y1": at + 0.5} | edge
+            )
         else:  # a frame would hide so low a row
-            figure.add_annotation(
-                xref="paper", x=1, y=at, text="◂", showarrow=False, xanchor="left", borderpad=0,
-                font={"size": 14, "color": p.text},
-            )  # fmt: skip
+            sheet.annotations.append({
+                "xref": "paper", "x": 1, "y": at, "text": "◂", "showarrow": False, "xanchor": "left", "borderpad": 0,
+                "font": {"size": 14, "color": p.text},
+            })  # fmt: skip
     every = -(-rows * 11 // height)
     labels = [html(label, 32) for label in short_names(grid.modules)]
-    figure.update_yaxes(
-        range=[rows - 0.5, -0.5], tickvals=y[::every], ticktext=labels[::every],
-        tickfont={"size": 11 if rows * 14 <= height else 10, "color": p.text}, fixedrange=True, showgrid=False,
-        zeroline=False, ticklabelstandoff=4,
-    )  # fmt: skip
-    _gutter(figure, 1, -22, html(caption, 36), p.faded, 11)
-    _frame(figure, window, height + 32 + _AXIS, p, top=32)
-    figure.update_xaxes(showspikes=False)
-    figure.update_layout(hovermode="closest", hoverdistance=-1)
-    return figure, curves
+    sheet.layout["yaxis"] = {
+        "range": [rows - 0.5, -0.5], "tickvals": y[::every], "ticktext": labels[::every], "fixedrange": True,
+        "tickfont": {"size": 11 if rows * 14 <= height else 10, "color": p.text}, "showgrid": False, "zeroline": False,
+        "ticklabelstandoff": 4,
+    }  # fmt: skip
+    sheet.gutter(1, -22, html(caption, 36), p.faded, 11)
+    sheet.layout |= {"hovermode": "closest", "hoverdistance": -1}
+    return sheet.figure(), curves
 
 
 def _ticks(low: float, high: float, log: bool) -> tuple[list[float], list[str]]:
@@ -297,33 +337,6 @@ def short_names(names: Sequence[str]) -> list[str]:
     while len(names) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
         shared += 1
     return ["…" * bool(shared) + ".".join(part[shared:]) for part in parts]
-
-
-def _frame(figure: go.Figure, window: tuple[int, int], height: int, p: Palette, *, top: int) -> None:
-    first, last = window
-    pad = max((last - first) * 0.005, 0.5)
-    figure.update_layout(
-        height=height, margin={"l": GUTTER, "r": RIGHT, "t": top, "b": _AXIS, "autoexpand": False},
-        paper_bgcolor=p.surface, plot_bgcolor=p.surface,
-        font={"family": _FONT, "color": p.text, "size": 12},
-        hoverlabel={
-            "bgcolor": p.panel, "bordercolor": p.border, "align": "left",
-            "font": {"family": _FONT, "size": 12, "color": p.text},
-        },
-    )  # fmt: skip
-    figure.update_xaxes(
-        range=[first - pad, last + pad], fixedrange=True, showgrid=False, zeroline=False, tickformat=",d",
-        tickfont={"size": 11, "color": p.faded}, nticks=9, showline=True, linecolor=p.border, ticks="outside",
-        tickcolor=p.border, ticklen=4, unifiedhovertitle={"text": "<b>step %{x:,d}</b>"}, spikemode="across",
-        spikethickness=1, spikedash="solid", spikecolor=p.faded,
-    )  # fmt: skip
-
-
-def _gutter(figure: go.Figure, y: float, shift: int, text: str, colour: str, size: int) -> None:
-    figure.add_annotation(
-        xref="paper", yref="paper", x=0, y=y, xshift=-GUTTER, yshift=-shift, xanchor="left", yanchor="top", text=text,
-        showarrow=False, align="left", font={"size": size, "color": colour}, borderpad=0,
-    )  # fmt: skip
 
 
 def _range(values: Sequence[Floats], log: bool) -> tuple[float, float]:

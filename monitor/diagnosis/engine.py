@@ -20,17 +20,20 @@ import numpy.typing as npt
 
 from monitor.block import ColumnBlock
 from monitor.diagnosis.finding import Finding
-from monitor.metric import SITES, Array, Block, Mask
+from monitor.metric import SITES, Block, Mask
 from monitor.rule import SEVERITIES, Hits, Rule, Window
 
 
 class _History:
-    """The last recorded rows of one column. Modules keep the place at which they first appeared."""
+    """The last recorded rows of one column. Modules keep the place at which they first appeared.
+
+    Values are float32, as runs store them: so what is found live and what is found in the stored run are the same.
+    """
 
     def __init__(self) -> None:
         self.modules: tuple[str, ...] = ()
         self.steps = np.zeros(0, dtype=np.int64)
-        self.values: Array = np.zeros((0, 0))
+        self.values: npt.NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
         self.has: Mask = np.zeros((0, 0), dtype=np.bool_)
 
     def append(self, block: ColumnBlock, first: int) -> None:
@@ -38,7 +41,8 @@ class _History:
         rows = (block.steps >= first) & block.has.any(axis=1)
         if not rows.any():
             return
-        values, has = block.values[rows], block.has[rows]
+        with np.errstate(over="ignore"):
+            values, has = block.values[rows].astype(np.float32), block.has[rows]
         if block.modules != self.modules:
             place = {m: i for i, m in enumerate(dict.fromkeys((*self.modules, *block.modules)))}
             wider = ((0, 0), (0, len(place) - len(self.modules)))
@@ -46,7 +50,7 @@ class _History:
             self.values, self.has = np.pad(self.values, wider, constant_values=np.nan), np.pad(self.has, wider)
             at, narrow = [place[m] for m in block.modules], (values, has)
             values, has = (
-                np.full((len(values), len(place)), np.nan),
+                np.full((len(values), len(place)), np.nan, dtype=np.float32),
                 np.zeros((len(values), len(place)), dtype=np.bool_),
             )
             values[:, at], has[:, at] = narrow
@@ -58,7 +62,9 @@ class _History:
     def block(self, ref: str, first: int, lookback: int) -> Block:
         """The rows from step ``first`` on, and ``lookback`` earlier ones."""
         start = max(int(np.searchsorted(self.steps, first)) - lookback, 0)
-        return Block(self.steps[start:], self.modules, {ref: self.values[start:]}, {ref: self.has[start:]})
+        return Block(
+            self.steps[start:], self.modules, {ref: self.values[start:].astype(np.float64)}, {ref: self.has[start:]}
+        )
 
     def trim(self, keep: int) -> None:
         if len(self.steps) > keep:
@@ -79,7 +85,7 @@ class _History:
         h.modules = tuple(map(str, state["modules"]))
         h.steps = _unpack(state["steps"], np.int64)
         shape = len(h.steps), len(h.modules)
-        h.values = _unpack(state["values"], np.float64).reshape(shape)
+        h.values = _unpack(state["values"], np.float32).reshape(shape)
         bits = np.unpackbits(_unpack(state["has"], np.uint8), count=shape[0] * shape[1])
         h.has = bits.astype(np.bool_).reshape(shape)
         return h
@@ -151,7 +157,10 @@ class Engine:
     @facts.setter
     def facts(self, facts: Mapping[str, Any]) -> None:
         self._facts = facts
-        self._order = {q["name"]: i for i, q in enumerate(facts.get("parameters", ()))}
+        try:
+            self._order = {q["name"]: i for i, q in enumerate(facts.get("parameters", ()))}
+        except (AttributeError, KeyError, TypeError):  # of a damaged run; modules then stand as they first appeared
+            self._order = {}
 
     @property
     def last_step(self) -> int | None:
@@ -298,13 +307,10 @@ class Engine:
         for rule in self._rules.values():
             if rule.check is None or rule.id in reasons or self._judged.get(rule.id):
                 continue
-            missing = [n for n in rule.needs if n not in self._history]
-            if rule.needs[0] in missing:
-                reasons[rule.id] = f"not enough evidence: {rule.needs[0]} was not recorded"
-            else:
-                n, least = len(self._history[rule.needs[0]].steps), rule.values.get("minimum")
-                points = f"{n} points" if least is None else f"{n} of {least:.0f} points"
-                reasons[rule.id] = f"not enough evidence: {points} of {rule.needs[0]}"
+            ref, least = rule.needs[0], rule.values.get("minimum")
+            n = len(self._history[ref].steps) if ref in self._history else 0
+            points = f"{n} points of {ref}" if least is None else f"{n} of {least:.0f} points of {ref}"
+            reasons[rule.id] = f"not enough evidence: {points if n else f'{ref} was not recorded'}"
         return {rule: reasons[rule] for rule in self._rules if rule in reasons}
 
     def _audited(self) -> tuple[list[Finding], dict[str, str]]:
@@ -350,7 +356,7 @@ class Engine:
             return
         for e in episodes:
             self._episodes.setdefault((e.rule, e.site), {})[e.module] = e
-        self._last = state["last_step"]
+        self._last = None if state["last_step"] is None else int(state["last_step"])
         self._judged, self._failed = dict(state["judged"]), dict(state["failed"])
         self._history = {ref: _History.restored(h) for ref, h in state["history"].items()}
 

@@ -59,7 +59,8 @@ class Verdict:
     """The one sentence on a run.
 
     Attributes:
-        level: the worst severity found; "healthy" if nothing was found; "not_enough_evidence" if nothing could be judged.
+        level: the worst severity found; "healthy" if nothing was found; "not_enough_evidence" if nothing could be
+            judged.
         text: one sentence for a person, plain text.
         incidents: worst first, then earliest.
         unjudged: rule -> why it could not decide ("no cross-entropy call was seen", "12 of 100 points").

@@ -95,6 +95,7 @@ def describe(finding: Finding, rule: Rule | None = None) -> str:
     words: dict[str, Any] = {
         **evidence,
         "module": finding.module or "the run",
+        "site": finding.site,
         "step": f"{finding.first_step:,}",
         "value": finding.value,
         "threshold": finding.threshold,
@@ -105,7 +106,8 @@ def describe(finding: Finding, rule: Rule | None = None) -> str:
         text = f"{finding.title}: {finding.value:.4g}."
     rest = {name: number for name, number in evidence.items() if f"{{{name}" not in rule.message}
     limit, source = _threshold(finding, rule.params)
-    return f"{text} {_numbers(rest)}{'; t' if rest else 'T'}hreshold {limit} ({source})."
+    doubt = "Experimental rule. " if rule.experimental else ""
+    return f"{doubt}{text} {_numbers(rest)}{'; t' if rest else 'T'}hreshold {limit} ({source})."
 
 
 def _threshold(finding: Finding, params: Sequence[Any]) -> tuple[str, str]:

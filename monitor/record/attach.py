@@ -63,8 +63,7 @@ class Handle:
             UsageError: if a value is neither.
         """
         for name, value in values.items():
-            ok = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-            if not ok and not hasattr(value, "__float__"):
+            if not (value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise UsageError(f"log({name}=…) received {got}; expected a number or a one-element tensor")
             if self._recorder is not None:

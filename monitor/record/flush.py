@@ -72,14 +72,14 @@ class Flusher:
         """Keep one row even if the process dies now."""
         self.writer.tail.row(step, layout_number, payload)
 
-    def take(self, block: RawBlock, next_step: int) -> None:
+    def take(self, block: RawBlock) -> None:
         """Hand a block to the thread; if too many wait already, drop and count it."""
         with self._lock:
             if self._blocks >= WAITING:
                 self.dropped_rows += len(block.steps)
                 return
             self._blocks += 1
-        self.writer.tail.rotate(next_step)
+        self.writer.tail.rotate(int(block.steps[-1]) + 1)
         self._queue.put(("block", block))
 
     def facts(self, facts: dict[str, Any]) -> None:
@@ -134,6 +134,7 @@ class Flusher:
                 if kind == "close":
                     return
             finally:
+                self._complain()
                 self.cpu += time.thread_time() - begin
 
     def _new_facts(self, facts: dict[str, Any]) -> None:
@@ -152,6 +153,13 @@ class Flusher:
         self.writer.flush()
         if time.monotonic() - self._saved > FINDINGS_EVERY:
             self._save()
+
+    def _complain(self) -> None:
+        """One line, once, for each thing that keeps the run from being written."""
+        problem = self.writer.problem
+        if problem and ("problem", problem) not in self._said:
+            self._said.add(("problem", problem))
+            self._say(f"{problem} (training is not affected)")
 
     def _failed(self, metric: Metric, error: MetricError) -> None:
         del self.metrics[metric.id]

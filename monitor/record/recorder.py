@@ -224,7 +224,7 @@ class Recorder:
         self._drain(wait=True)
         block = self._ring.widen(reads, stats, modules)
         if block is not None:
-            self.flusher.take(block, self.step)
+            self.flusher.take(block)
         self.flusher.layout(self._ring.layout)
 
     def _merged(self, reads: str, merge: Sequence[str], old: Tensor, new: Tensor, count: int, at: slice) -> Tensor:
@@ -264,7 +264,7 @@ class Recorder:
         self._drain(wait=True)
         block = self._ring.take(wait=True)
         if block is not None:
-            self.flusher.take(block, self.step)
+            self.flusher.take(block)
         self._handed_on = time.perf_counter()
 
     # ---- the step

@@ -40,20 +40,20 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     steps, modules = block.steps[start:], block.modules
     accuracy = window["train_accuracy.accuracy"]
     accurate, seen = latest(accuracy, steps, accuracy.modules[:1])
-    classifies = seen.any(axis=1, keepdims=True) & (len(modules) == 1)
+    classifies = np.any(seen, axis=1) & (len(modules) == 1)
 
     level = _levels(loss, has, start, int(p["level"]))
     known = has[start:] & np.isfinite(level) & (np.cumsum(has, axis=0)[start:] >= p["minimum"])
     limit, usual = np.full(level.shape, np.inf), np.full(level.shape, np.nan)
     # no median is below the smallest loss of the whole block, which is found without sorting anything
-    least = np.where(classifies, _lowest(loss, has) + p["nats"], p["times"] * _lowest(np.abs(loss), has))
+    least = np.where(classifies[:, None], _lowest(loss, has) + p["nats"], p["times"] * _lowest(np.abs(loss), has))
     for row, i in np.argwhere(known & (level >= least)):
         end = start + row + 1 - int(p["level"])
         rows = slice(max(end - int(p["window"]), 0), max(end, 0))
         before = loss[rows, i][has[rows, i]]
         if len(before) < p["level"] / 2:
             continue
-        if classifies[row, 0]:
+        if classifies[row]:
             middle = np.median(before)
             spread = SIGMA_PER_MAD * np.median(np.abs(before - middle))
             limit[row, i] = max(middle + p["nats"], p["part"] * middle, middle + p["sigmas"] * spread)

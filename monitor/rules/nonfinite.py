@@ -41,8 +41,8 @@ _COUNTS = {
     "grad_norm.nonfinite": "gradient",
 }
 _VALUES = {
-    "logit_scale.max_abs": "logits",
     "loss.value": "loss",
+    "logit_scale.max_abs": "logits",
     "update_ratio.update_norm": "update",
     "param_norm.norm": "parameter",
 }
@@ -71,7 +71,7 @@ RULE = Rule(
     title="Non-finite value",
     severity="critical",
     site="input",
-    message="{module} holds NaN or infinity from step {step} on.",
+    message="{module} ({site}) holds NaN or infinity from step {step} on.",
     refute="the head lies in the gradients, stands alone, and the parameters stay finite: a loss scale at work",
     remedies=(
         Remedy("look at the site, module and step of the head: everything later is a consequence"),

@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monitor.block import ColumnBlock, Steps
-from monitor.store.layout import RANK, names, parse_part, replacing
+from monitor.store.layout import LIVE, RANK, names, parse_part, replacing
 
 Ids = npt.NDArray[np.int32]
 Values = npt.NDArray[np.float32]
 
 ROW_GROUP = 1 << 17
 _BATCH = 1 << 14  # rows that a merge holds of each part
+_LISTINGS = 100  # of a folder in which parts vanish faster than they can be opened
 _SEAL = b"monitor.part"
 
 #: Columns of a part.
@@ -280,12 +281,17 @@ class Part:
     last: int
     rows: int
     steps: int
+    _file: pa.NativeFile | None
     _meta: pq.FileMetaData
     _groups: npt.NDArray[np.int64]  # (row group, 3): lowest id, highest id, rows
 
     @staticmethod
-    def open(path: Path) -> Part:
+    def open(path: Path, held: bool = False) -> Part:
         """Read the footer of ``path``.
+
+        Args:
+            path: the file.
+            held: keep it open as long as the part lives, so that it can be read even if it was removed meanwhile.
 
         Raises:
             FileNotFoundError: if it is gone.
@@ -293,8 +299,9 @@ class Part:
         """
         name = parse_part(path.name)
         if name is None:
-            raise ValueError("its name is not <attempt>-<first>-<last>.parquet")
-        with pq.ParquetFile(path) as file:
+            raise ValueError("its name is not that of a part")
+        kept = pa.OSFile(str(path)) if held else None
+        with pq.ParquetFile(kept or path) as file:
             meta, schema = file.metadata, file.schema_arrow
         seal = (meta.metadata or {}).get(_SEAL)
         if not schema.equals(PART) or seal is None:
@@ -303,7 +310,7 @@ class Part:
         groups = np.array(index["groups"], dtype=np.int64).reshape(-1, 3)
         if len(groups) != meta.num_row_groups:
             raise ValueError(f"has {meta.num_row_groups} row groups, expected {len(groups)}")
-        return Part(path, *name, int(groups[:, 2].sum()), int(index["steps"]), meta, groups)
+        return Part(path, *name, int(groups[:, 2].sum()), int(index["steps"]), kept, meta, groups)
 
     def covers(self, other: Part) -> bool:
         """True if everything in ``other`` is in this part too."""
@@ -313,7 +320,6 @@ class Part:
         """The values of the series ``ids`` (all without), in the order of the file.
 
         Raises:
-            FileNotFoundError: if it was replaced by a larger part in the meantime.
             an error of `UNREADABLE`: if it is damaged.
         """
         groups = np.arange(len(self._groups))
@@ -322,11 +328,14 @@ class Part:
             groups = np.flatnonzero((self._groups[:, 1] >= low) & (self._groups[:, 0] <= high))
         if not len(groups):
             return joined(())
-        with pq.ParquetFile(self.path, metadata=self._meta, page_checksum_verification=True) as file:
+        with self._open() as file:
             points = _points(file.read_row_groups(groups.tolist(), columns=PART.names, use_threads=False))
         if len(points.series) != self._groups[groups, 2].sum():
             raise ValueError("has lost rows")
         return points if ids is None else points.where(np.isin(points.series, ids))
+
+    def _open(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self._file or self.path, metadata=self._meta, page_checksum_verification=True)
 
     def batches(self) -> Iterator[Points]:
         """All values, some thousand at a time.
@@ -334,7 +343,7 @@ class Part:
         Raises:
             an error of `UNREADABLE`: if it is damaged.
         """
-        with pq.ParquetFile(self.path, metadata=self._meta, page_checksum_verification=True) as file:
+        with self._open() as file:
             for batch in file.iter_batches(_BATCH, columns=PART.names, use_threads=False):
                 yield _points(batch)
 
@@ -344,24 +353,28 @@ def open_parts(folder: Path, room: str) -> tuple[list[Part], list[str]]:
 
     Args:
         folder: a run folder.
-        room: `LIVE` or `SERIES`.
+        room: `LIVE` or `SERIES`. Live parts are held open, so that they can be read after they were replaced.
 
     Returns:
-        The readable ones, and what is wrong with each of the others. A part that vanishes is neither.
+        The readable ones, and what is wrong with each of the others.
     """
-    found, faults = [], []
-    for name in names(folder, room):
-        if parse_part(name) is None:
-            if not name.endswith(".tmp"):
-                faults.append(f"{room}/{name} is not a part of this run: ignored")
-            continue
-        try:
-            found.append(Part.open(folder / RANK / room / name))
-        except FileNotFoundError:
-            pass
-        except UNREADABLE as e:
-            faults.append(f"{room}/{name} cannot be read: {e}")
-    return found, faults
+    found: dict[str, Part] = {}
+    faults: dict[str, str] = {}
+    for _ in range(_LISTINGS):
+        vanished = False
+        for name in names(folder, room):
+            if name in found or name in faults or name.endswith(".tmp"):
+                continue
+            path = folder / RANK / room / name
+            try:
+                found[name] = Part.open(path, held=room == LIVE)
+            except FileNotFoundError:
+                vanished = True
+            except UNREADABLE as e:
+                faults[name] = f"{room}/{name} cannot be read: {e}"
+        if not vanished:  # or what replaced it is in the next listing; what is held already stays valid
+            break
+    return list(found.values()), list(faults.values())
 
 
 def merge(parts: Iterable[Part]) -> Iterator[Points]:

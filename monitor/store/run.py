@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +49,8 @@ if TYPE_CHECKING:
 
     from monitor.diagnosis.finding import Finding, Incident, Verdict
 
-_TRIES = 8  # a part that a writer replaced while it was being read; each retry finds larger, longer-lived ones
 _DEPTH = 3  # of folders in which runs are looked for
 _SHOWN = 5  # names in an error
-
-T = TypeVar("T")
 
 
 class _Tail(NamedTuple):
@@ -73,6 +70,8 @@ class _Tail(NamedTuple):
 class Run:
     """A run as it was when it was opened; open it again to see what was recorded since.
 
+    Reading goes on working while a writer replaces the parts: those that may vanish are held open.
+
     A later attempt replaces the steps of earlier ones from its first recorded step on: that is the history `block`,
     `series`, ``first_step`` and ``last_step`` speak of. Give ``attempt`` for what one attempt recorded. Summaries and
     ``steps`` count everything.
@@ -86,10 +85,6 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self._verdict: Verdict | None = None
-        self._load()
-
-    def _load(self) -> None:
         info = layout.read_info(self.path)
         segments = read_tail(self.path)
         live, live_faults = open_parts(self.path, layout.LIVE)
@@ -115,6 +110,7 @@ class Run:
             self._faults += [s.fault for s in mine if s.fault and not (self.is_live and s.cut and s is mine[-1])]
         self._evaluated = False
         self._loaded: list[Summaries] | None = None
+        self._verdict: Verdict | None = None
 
     # ------------------------------------------------------------------ what it is
 
@@ -226,7 +222,7 @@ class Run:
             UsageError: if ``ref`` is neither recorded nor a column of a known metric.
         """
         self._known(ref)
-        return self._steady(lambda: self._block(ref, modules, first, last, attempt))
+        return self._block(ref, modules, first, last, attempt)
 
     def series(self, ref: str, module: str = "") -> tuple[Steps, Array]:
         """One series.
@@ -289,11 +285,10 @@ class Run:
             One per series, in order of execution; none if ``ref`` was not recorded.
         """
         if ref is None:
-            return combine(self._steady(self._summaries), self._names)
+            return combine(self._summaries(), self._names)
         modules = self.modules(ref)
         if self._names.of(*_split(ref)):
-            loaded = self._steady(self._summaries)  # first: it may read the folder anew, and ids may change
-            found = combine(loaded, self._names, self._names.of(*_split(ref)).values())
+            found = combine(self._summaries(), self._names, self._names.of(*_split(ref)).values())
         elif modules:
             names = Names()
             parts = [self.block(ref, attempt=a) for a in sorted({p.attempt for p in (*self._files, *self._tails)})]
@@ -322,8 +317,9 @@ class Run:
         here.register("names", pa.Table.from_arrays([ids, *words], names=["series", "metric", "column", "module"]))
         selects = []
         # as Arrow data sets of explicit files: DuckDB would read a path with brackets in it as a pattern
-        sources = [(p.attempt, ds.dataset(str(p.path), format="parquet")) for p in self._files]
-        sources += [(t.attempt, table_of(t.points)) for t in self._tails]
+        large = [p for p in self._files if p.path.parent.name == layout.SERIES]
+        sources = [(p.attempt, ds.dataset(str(p.path), format="parquet")) for p in large]
+        sources += [(p.attempt, table_of(p.read())) for p in (*self._files, *self._tails) if p not in large]
         for i, (attempt, source) in enumerate(sources or [(0, table_of(joined(())))]):
             here.register(f"part_{i}", source)
             selects.append(f"select {attempt} as attempt, * from part_{i}")
@@ -452,15 +448,6 @@ class Run:
         if m is None or all(c.name != column for c in m.columns):
             raise UsageError(f"no column {ref!r:.80}; there are {_some(self.refs())}")
 
-    def _steady(self, read: Callable[[], T]) -> T:
-        """``read()``, over a fresh listing as long as a writer replaces parts under its hands."""
-        for _ in range(_TRIES):
-            try:
-                return read()
-            except FileNotFoundError:
-                self._load()
-        raise RunFormatError(f"{str(self.path)!r}: its parts change faster than they can be read; try again")
-
     def _points(self, ids: Ids | None, first: int | None, last: int | None, attempt: int | None) -> Iterator[Points]:
         """The rows of some series, part by part, in the order of recording; what is damaged is left out, said so."""
         self._evaluate()
@@ -479,8 +466,6 @@ class Run:
                 continue
             try:
                 points = p.read(ids)
-            except FileNotFoundError:
-                raise
             except UNREADABLE as e:
                 self._damaged(p, e)
                 continue
@@ -564,8 +549,6 @@ class Run:
                 continue
             try:
                 waiting.append(p.read())
-            except FileNotFoundError:
-                raise
             except UNREADABLE as e:
                 self._damaged(p, e)
         settle()

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from monitor.block import ColumnBlock
+from monitor.diagnosis.engine import Engine, rules_hash
 from monitor.metric import Array
+from monitor.rule import load_rules
 from monitor.store.writer import RunWriter
 
 STEPS = 300
@@ -97,6 +99,11 @@ def record(tmp_path: Path) -> Record:
             has = np.ones(values.shape, dtype=np.bool_)
             metric, _, column = ref.partition(".")
             blocks.append(ColumnBlock(metric, column, steps, tuple(modules), values, has))
+        # as the recorder does, so that a reader need not judge again
+        rules = load_rules()
+        engine = Engine(rules, fields.get("facts", facts))
+        engine.feed(blocks)
+        writer.findings(engine.findings(), engine.state(), rules_hash(rules))
         writer.append(blocks)
         writer.flush(force=True)
         if close is not None:

@@ -40,6 +40,19 @@ def test_no_trace_is_long_and_steps_are_explicit() -> None:
     assert figure.layout["xaxis"].fixedrange
 
 
+def test_band_has_the_gaps_of_its_line() -> None:
+    """Oracle: planted fault (every third bucket without a finite value, and a series of nothing but NaN)."""
+    values = np.ones(10_000)
+    values[np.arange(10_000) // 10 % 3 == 0] = np.nan
+    for series in (values, np.full(10_000, np.nan)):
+        strip = Panel("loss", "", "", {"loss": sampling.line(np.arange(10_000), series)}, False, 100)
+        figure: Any = figures.lines([strip], [], (0, 9_999), LIGHT)
+        band = figure.data[0]
+        assert len(band["x"]) <= MAX_POINTS
+        assert np.isnan(band["x"]).sum() == np.isnan(band["y"]).sum()
+        assert (~np.isnan(band["y"])).sum() == 2 * (~np.isnan(figure.data[1]["y"])).sum()
+
+
 def test_every_trace_stands_within_its_scale() -> None:
     """Oracle: invariance (whatever is drawn on a log scale, marks included, lies within its limits)."""
     figure: Any = figures.lines([panel("loss", 500, log=True)], [], (0, 499), LIGHT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import sin
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ def test_stored_findings_are_continued(tmp_path: Path, until: int) -> None:
     assert text(told) == text(report(run, recompute=True))
     assert told.text.startswith("Softmax collapse in steps 1,479–1,904; it led to gradient spike")
     assert run.verdict() == told
+
+
+def test_live_and_stored_findings_are_the_same(tmp_path: Path) -> None:
+    """Oracle: invariance. Runs store float32; what was found live in float64 columns has the same numbers."""
+    wave = [2.5 + 0.05 * sin(2.4 * t) for t in range(150)]
+    engine = record(tmp_path / "run", [column("loss.value", [*wave, 10 / 3, *wave])])
+    assert engine.findings() == [f for i in report(open_run(tmp_path / "run"), True).incidents for f in i.findings]
 
 
 def test_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +116,15 @@ def test_empty(tmp_path: Path) -> None:
     """Oracle: definition. A run without a step is no healthy run."""
     RunWriter.create(tmp_path / "run", script="train.py").close("finished")
     assert report(open_run(tmp_path / "run")).level == "not_enough_evidence"
+
+
+@pytest.mark.parametrize("facts", [{"parameters": "x"}, {"parameters": [3]}, {"optimizers": 1, "parameters": [{}]}])
+def test_damaged_facts(facts: dict[str, Any]) -> None:
+    """Oracle: planted fault. Facts of the wrong shape cost the audit its decision and nothing else."""
+    engine = Engine(RULES, facts)
+    engine.feed([column("loss.value", [1.0] * 30 + [9.0])])
+    assert [f.rule for f in engine.findings()] == ["loss_spike"]
+    assert "unoptimized_parameter" in engine.unjudged()
 
 
 def test_describe() -> None:

@@ -1,4 +1,4 @@
-"""Promises two and four: nothing that happens to the recording stops the training, and a kill loses at most one step."""
+"""Promises two and four: nothing that happens to the recording stops the training, a kill loses at most one step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import monitor
+from monitor.record.attach import close_all
 from monitor.record.sites.gradient import GradientSite
 from tests.record import trainings
 
@@ -62,7 +63,7 @@ def kill_one(folder: Path, seed: int) -> None:
 
 
 def test_five_kills(tmp_path: Path) -> None:
-    """Oracle: planted fault. SIGKILL at a random moment of a real recorded training: readable, at most one step lost."""
+    """Oracle: planted fault. SIGKILL at a random moment of a recorded training: readable, at most one step lost."""
     for i in range(5):
         kill_one(tmp_path / str(i), i)
 
@@ -75,7 +76,7 @@ def test_fifty_kills(tmp_path: Path) -> None:
 
 
 def test_an_error_inside_disables_one_site_and_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: planted fault. The gradient site raises at step 5; the rest is recorded to the end, training is unchanged."""
+    """Oracle: planted fault. The gradient site raises at step 5; the rest is recorded, training is unchanged."""
     control = trainings.plain(lambda _: None)
     original = GradientSite.on_step
 
@@ -86,9 +87,9 @@ def test_an_error_inside_disables_one_site_and_is_said_once(tmp_path: Path, monk
 
     monkeypatch.setattr(GradientSite, "on_step", fails)
     with pytest.warns(monitor.MonitorWarning, match="gradient is no longer recorded from step 5") as said:
-        handles: list[monitor.Handle] = []
-        assert trainings.plain(lambda m: handles.append(monitor.attach(m, tmp_path / "run"))) == control
-        handles[0].close()
+        digest = trainings.plain(lambda m: monitor.attach(m, tmp_path / "run"))
+    close_all()
+    assert digest == control
     assert len(said) == 1
     run = monitor.open(tmp_path / "run")
     assert len(run.series("grad_norm_total.norm")[0]) == 5
@@ -111,9 +112,9 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
 opt = torch.optim.AdamW(model.parameters())
 monitor.attach(model, sys.argv[1])
-for i in range(400):
+for i in range(1500):
     if i == 100:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     opt.zero_grad()
     torch.nn.functional.cross_entropy(model(torch.randn(8, 12)), torch.randint(0, 5, (8,))).backward()
     opt.step()
@@ -122,7 +123,7 @@ print("trained", i + 1)
 
 
 def test_a_full_disk_is_survived_and_said(tmp_path: Path) -> None:
-    """Oracle: planted fault. No file may grow beyond 30 kB from step 100 on: training ends well, the run is readable."""
+    """Oracle: planted fault. No file beyond 20 kB from step 100 on: training ends, the run can be read and says so."""
     script = tmp_path / "full.py"
     script.write_text(FULL)
     done = subprocess.run(
@@ -130,9 +131,10 @@ def test_a_full_disk_is_survived_and_said(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "trained 400" in done.stdout
+    assert "trained 1500" in done.stdout
     run = monitor.open(tmp_path / "run")
-    assert run.warnings
+    assert run.steps == 1500  # the parts could not be written; the tail, in small files, has it all
+    assert "File too large" in done.stderr
 
 
 def test_a_second_attach_ends_the_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +163,7 @@ def test_resume_appends_an_attempt(tmp_path: Path) -> None:
                 nn.functional.cross_entropy(model(x), y).backward()
                 opt.step()
     run = monitor.open(tmp_path / "run")
-    assert len(run.attempts) == 2
+    assert run.attempts == 2
     frame = run.frame("loss")
     assert frame[frame.attempt == 0].step.tolist() == [0, 1, 2, 3, 4, 5]
     assert frame[frame.attempt == 1].step.tolist() == [4, 5, 6, 7, 8, 9]

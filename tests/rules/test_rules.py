@@ -157,3 +157,21 @@ def test_adam_on_a_noisy_quadratic() -> None:
     columns.append(column("spam_spike.ratio", ratio, ("x",)))
     found = fold({"gradient_spike": RULES["gradient_spike"]}, columns).findings()
     assert places(found) == [("x", 200), ("x", 400), ("x", 600)]
+
+
+@pytest.mark.parametrize("kind", ["normal", "log-normal", "exponential", "drifting"])
+def test_noise(kind: str) -> None:
+    """Oracle: planted fault, absent. 20,000 points of noise without a fault, as loss, gradient and input at once."""
+    rng = np.random.default_rng(1)
+    n = 20_000
+    trend = 2 + 8 * np.exp(-np.arange(n) / 3000)
+    noise = {
+        "normal": trend * (1 + 0.03 * rng.standard_normal(n)),
+        "log-normal": trend * np.exp(rng.standard_normal(n)),
+        "exponential": rng.exponential(1, n),
+        "drifting": trend + np.convolve(0.05 * rng.standard_normal(n), 0.95 ** np.arange(100))[:n],
+    }
+    values = noise[kind].tolist()
+    columns = [column("loss.value", values), column("train_accuracy.accuracy", [0.5] * n, ("cross_entropy",))]
+    columns += [column("grad_norm.norm", values, ("w",)), column("input_rms.rms", values, ("input[0]",))]
+    assert fold(RULES, columns, 5000).findings() == []

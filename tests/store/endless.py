@@ -24,7 +24,7 @@ def main(folder: str, progress: str) -> None:
         writer.RunWriter.create(folder, script="endless.py", resume=True), make_layout(), 8, threaded=True
     )
     out = os.open(progress, os.O_WRONLY | os.O_CREAT)
-    step = run.start_step
+    step = recorder.writer.start_step
     while True:
         recorder.step(step)
         os.pwrite(out, struct.pack("<q", step), 0)

@@ -69,7 +69,7 @@ class Recorder:
         self._steps: list[int] = []
         self._rows: list[np.ndarray] = []
         self._queue: queue.SimpleQueue[RawBlock | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work) if threaded else None
+        self._thread = threading.Thread(target=self._work, daemon=True) if threaded else None
         if self._thread:
             self._thread.start()
         self.layout(layout)

@@ -178,6 +178,18 @@ def test_summary_without_summary_files(recorder: Recorder, folder: Path) -> None
         assert (a.n, a.min, a.max, a.first_step, a.last_step) == (b.n, b.min, b.max, b.first_step, b.last_step)
 
 
+def test_stays_readable(recorder: Recorder, folder: Path) -> None:
+    """Oracle: invariance. A run that was opened before its live parts were replaced still reads what it saw then."""
+    run = open_run(folder)
+    recorded = {k: dict(v) for k, v in recorder.recorded.items()}
+    for step in range(403, 600):
+        recorder.step(step)
+    recorder.close()
+    assert not list((folder / "rank0" / "live").iterdir())
+    assert same(read_back(run), recorded) and {s.n for s in run.summary()} == {403}
+    assert run.sql("select count(*) from series").fetchall() == [(5 * 403,)] and run.warnings == []
+
+
 def test_resume(recorder: Recorder, folder: Path) -> None:
     """Oracle: plain dict. A second attempt goes back to step 380; both stay, and history is one line."""
     first = recorder.recorded

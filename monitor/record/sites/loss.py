@@ -29,7 +29,8 @@ class LossSite(Site):
     """Collects the losses of a step and records their sum: the number whose gradient the optimizer was given.
 
     With accumulation each loss has usually been divided by the number of micro-batches, and the sum is their mean.
-    Calls inside the optimizer's own step are evaluations of a closure: the first is the loss at the parameters of this step.
+    Calls inside the optimizer's own step are evaluations of a closure: the first is the loss at the parameters of the
+    step.
     """
 
     name = "loss"
