@@ -30,7 +30,7 @@ from monitor.record.facts import compiled_regions, model_facts, parameter_names,
 from monitor.record.flush import Flusher
 from monitor.record.mode import StepMode, Watcher
 from monitor.record.private import quiet
-from monitor.record.ring import ABSENT_INT, Ring
+from monitor.record.ring import Ring, Values
 from monitor.record.site import Site
 from monitor.record.sites.activation import ActivationSite
 from monitor.record.sites.gradient import GradientSite
@@ -80,6 +80,7 @@ class Recorder:
         self.spent = 0.0
         self.rows = 0
         self.device = _device(models)
+        self.on_cpu = self.device.type == "cpu"
         self._only = {id(o) for o in optimizers}
         self._follow_all = follow_all
         self._ring = Ring(self.device, BLOCK_ROWS)
@@ -94,7 +95,6 @@ class Recorder:
         self._row: list[int] = []
         self._expected: frozenset[int] = frozenset()
         self._emitted: dict[tuple[str, str], tuple[int, int]] = {}
-        self._merges: dict[str, dict[str, Tensor]] = {}
         self._unscaled_since_backward = False
         self._depth = 0
         self._was_on = False
@@ -177,46 +177,47 @@ class Recorder:
     # ---- rows
 
     def emit(
-        self, reads: str, stats: Sequence[str], module: str, values: Tensor, merge: Sequence[str] = (),
-        at: slice = slice(None), absent: Sequence[int] = (),
-    ) -> None:  # fmt: skip
+        self,
+        reads: str,
+        stats: Sequence[str],
+        module: str,
+        values: Values,
+        merge: Sequence[str] = (),
+        at: slice = slice(None),
+        absent: Sequence[int] = (),
+    ) -> None:
         """Write the statistics of one module into the open row.
 
         Args:
             reads: id of the pass.
             stats: names of its statistics.
             module: where.
-            values: ``(statistic,)`` float32, or those of ``at``.
+            values: ``(statistic,)``, or those of ``at``: a tensor, or on a CPU also an array or numbers, which cost a
+                fifth.
             merge: how each statistic of two micro-batches becomes one ("sum", "max", "min", "mean", "last"); without
                 it the later wins.
             at: which statistics ``values`` are.
             absent: statistics that are not recorded.
         """
         self._make_room(reads, stats, (module,))
-        row = self._ring.view(reads)[self._ring.place(reads, module)]
+        place = self._ring.place(reads, module)
         epoch, count = self._emitted.get((reads, module), (-1, 0))
         if merge and epoch == self.epoch:
-            values = self._merged(reads, merge, row[at], values.to(row.device), count, at)
+            values = _merged(merge[at], self._ring.view(reads)[place][at], values, count)
             count += 1
         else:
             count = 1
         self._emitted[(reads, module)] = (self.epoch, count)
-        row[at].copy_(values, non_blocking=True)
+        self._ring.write(reads, place, at, values)
         if absent:
-            row.view(torch.int32)[list(absent)] = ABSENT_INT
+            self._ring.blank(reads, place, absent)
 
     def emit_many(
-        self, reads: str, stats: Sequence[str], modules: Sequence[str], values: Tensor, at: slice = slice(None)
+        self, reads: str, stats: Sequence[str], modules: Sequence[str], values: Values, at: slice = slice(None)
     ) -> None:
-        """Write the statistics of several modules: ``values`` is ``(module, statistic)`` float32."""
+        """Write the statistics of several modules: ``values`` is ``(module, statistic)``, as in `emit`."""
         self._make_room(reads, stats, modules)
-        view = self._ring.view(reads)[:, at]
-        first = self._ring.place(reads, modules[0])
-        if self._ring.contiguous(reads, modules):
-            view[first : first + len(modules)].copy_(values, non_blocking=True)
-        else:
-            for m, v in zip(modules, values, strict=True):
-                view[self._ring.place(reads, m)].copy_(v, non_blocking=True)
+        self._ring.write(reads, self._ring.places(reads, modules), at, values)
 
     def _make_room(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> None:
         if self._ring.known(reads, modules):
@@ -226,17 +227,6 @@ class Recorder:
         if block is not None:
             self.flusher.take(block)
         self.flusher.layout(self._ring.layout)
-
-    def _merged(self, reads: str, merge: Sequence[str], old: Tensor, new: Tensor, count: int, at: slice) -> Tensor:
-        masks = self._merges.get(reads)
-        if masks is None:
-            masks = self._merges[reads] = {
-                op: torch.tensor([m == op for m in merge], device=new.device) for op in ("sum", "max", "min", "mean")
-            }
-        out = torch.where(masks["sum"][at], old + new, new)
-        out = torch.where(masks["max"][at], torch.maximum(old, new), out)
-        out = torch.where(masks["min"][at], torch.minimum(old, new), out)
-        return torch.where(masks["mean"][at], (old * count + new) / (count + 1), out)
 
     def _close_row(self) -> None:
         self._at("on_row")
@@ -532,6 +522,19 @@ def _both(first: Watcher | None, second: Watcher) -> Watcher:
         second(args, kwargs, result)
 
     return call
+
+
+def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Tensor:
+    """Statistics of ``count`` micro-batches and of one more."""
+    fresh = torch.as_tensor(new, dtype=torch.float32, device=old.device)
+    joined = {
+        "sum": lambda a, b: a + b,
+        "max": torch.maximum,
+        "min": torch.minimum,
+        "mean": lambda a, b: (a * count + b) / (count + 1),
+        "last": lambda a, b: b,
+    }
+    return torch.stack([joined[op](a, b) for op, a, b in zip(merge, old, fresh, strict=True)])
 
 
 def _device(models: Sequence[nn.Module]) -> torch.device:

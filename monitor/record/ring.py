@@ -21,6 +21,10 @@ COPY_EVERY = 8
 ABSENT_INT = int(np.int32(ABSENT_BITS.view(np.int32)))
 
 
+#: Statistics to be written: a tensor of the training's device; on a CPU also an array or numbers.
+Values = Tensor | np.ndarray | Sequence[float]
+
+
 class Ring:
     """Rows of statistics that have not yet been handed to the writer.
 
@@ -42,6 +46,7 @@ class Ring:
         self.steps: list[int] = []
         bits = torch.full((self.capacity, max(1, self.layout.size)), ABSENT_INT, dtype=torch.int32, device=self.device)
         self._rows = bits.view(torch.float32)
+        self._array = self._rows.numpy() if self.on_cpu else None  # the same memory
         self._host: Tensor | None = None
         self._copied: list[tuple[int, torch.cuda.Event]] = []  # (rows copied so far, when)
         if not self.on_cpu:
@@ -101,11 +106,32 @@ class Ring:
         """Row number of ``module`` in `view`."""
         return self._index[reads][module]
 
-    def contiguous(self, reads: str, modules: Sequence[str]) -> bool:
-        """True if these modules stand side by side in this order."""
-        at = self._index[reads][modules[0]]
-        held = self._where[reads].modules
-        return len(held) >= at + len(modules) and held[at : at + len(modules)] == tuple(modules)
+    def places(self, reads: str, modules: Sequence[str]) -> slice | list[int]:
+        """Row numbers of ``modules`` in `view`: a slice if they stand side by side in this order."""
+        index = self._index[reads]
+        at = index[modules[0]]
+        if self._where[reads].modules[at : at + len(modules)] == tuple(modules):
+            return slice(at, at + len(modules))
+        return [index[m] for m in modules]
+
+    def write(self, reads: str, place: int | slice | list[int], at: slice, values: Values) -> None:
+        """Write ``values`` to the statistics ``at`` of one or several modules of the open row."""
+        if self._array is None:
+            target = self.view(reads)
+            fresh = torch.as_tensor(values, dtype=torch.float32, device=self.device)
+            if isinstance(place, list):
+                target[:, at].index_copy_(0, torch.tensor(place, device=self.device), fresh)
+            else:
+                target[place, at].copy_(fresh, non_blocking=True)
+            return
+        s = self._where[reads]
+        row = self._array[len(self.steps), s.offset : s.offset + s.size].reshape(len(s.modules), len(s.stats))
+        with np.errstate(over="ignore"):  # beyond float32 is infinity, and infinity is a value
+            row[place, at] = values.numpy() if isinstance(values, Tensor) else values
+
+    def blank(self, reads: str, place: int, stats: Sequence[int]) -> None:
+        """Make single statistics of the open row absent."""
+        self.view(reads)[place].view(torch.int32)[list(stats)] = ABSENT_INT
 
     def commit(self, step: int) -> None:
         """Close the open row as ``step``; on an accelerator, start the copy when one is due."""

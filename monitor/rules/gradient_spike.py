@@ -6,7 +6,7 @@ What it means:
     thousands of steps: a spike of 1000 times the usual size needs about 6,900 steps to be forgotten at beta2 = 0.999.
 
 How it is decided:
-    Norm: 5 times the median of the 100 points before it, and on the logarithmic scale 6 robust standard deviations
+    Norm: 5 times the median of the 100 points before it, and on the logarithmic scale 8 robust standard deviations
     above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times the
     (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy. The first
     20 points of a parameter are not judged. Every parameter is judged by itself; the head of the incident is the
@@ -75,14 +75,9 @@ RULE = Rule(
     ),
     params=(
         Param("times", 5, "times the median", "Stable-SPAM (arXiv 2502.17055), norm ratio; none in calibration"),
-        Param(
-            "sigmas",
-            6,
-            "robust σ of the logarithm",
-            "OLMo-core's spike detector (mean + 6 σ over 128 points), with median and MAD",
-        ),
+        Param("sigmas", 8, "robust σ of the logarithm", CALIBRATION),
         Param("window", 100, "points", "as loss_z and grad_norm_z"),
-        Param("minimum", 20, "points", "SPAM (arXiv 2501.06842): inactive in the first 20 steps"),
+        Param("minimum", 50, "points", CALIBRATION),
         Param("record", 2, "times the excess", CALIBRATION),
         Param("company", 3, "rank", "own choice: two earlier spikes in the window hide nothing"),
         Param("element", 5000**0.5, "times the root of the second moment", "SPAM (arXiv 2501.06842), √Θ with Θ = 5000"),

@@ -229,16 +229,22 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
     try:
         yield temp
         if sync:
-            fd = os.open(temp, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _settle(temp)
         temp.replace(path)
+        if sync:
+            _settle(path.parent)
     except BaseException:
         with suppress(OSError):
             temp.unlink()
         raise
+
+
+def _settle(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def inside(folder: Path, path: Path) -> bool:

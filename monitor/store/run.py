@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,6 +109,7 @@ class Run:
                 self._tails.append(_Tail(attempt, int(steps[0]), int(steps[-1]), len(steps), blocks, joined(())))
             # the frame that a live writer is just writing is no fault
             self._faults += [s.fault for s in mine if s.fault and not (self.is_live and s.cut and s is mine[-1])]
+        self._lock = Lock()
         self._evaluated = False
         self._loaded: list[Summaries] | None = None
         self._verdict: Verdict | None = None
@@ -282,7 +284,8 @@ class Run:
             ref: only of this column; every recorded one without.
 
         Returns:
-            One per series, in order of execution; none if ``ref`` was not recorded.
+            One per series: those of one column in order of execution, all in the order of their first values; none
+            if ``ref`` was not recorded.
         """
         if ref is None:
             return combine(self._summaries(), self._names)
@@ -400,7 +403,11 @@ class Run:
         )
 
     def _headline(self) -> list[str]:
-        words = [f"{self.status!r}"[1:-1], f"{self.steps:,} steps", f"{len(self.metrics())} metrics"]
+        words = [
+            self.status.encode("unicode_escape").decode(),
+            f"{self.steps:,} steps",
+            f"{len(self.metrics())} metrics",
+        ]
         return words + ([f"{self.attempts} attempts"] if self.attempts > 1 else [])
 
     # ------------------------------------------------------------------ inside
@@ -429,15 +436,16 @@ class Run:
 
     def _evaluate(self) -> None:
         """Turn the rows of the tail into points; they may bring series that no part has."""
-        if self._evaluated or not self._tails:
-            return
-        self._evaluated = True
-        metrics = self._definitions().values()
-        for i, tail in enumerate(self._tails):
-            blocks, faults = columns(tail.blocks, metrics, tail.first - 1)
-            self._tails[i] = tail._replace(points=gather(blocks, self._names), blocks=[])
-            for f in faults:
-                self._fault(f)
+        with self._lock:  # sessions of a dashboard share a run
+            if self._evaluated or not self._tails:
+                return
+            metrics = self._definitions().values()
+            for i, tail in enumerate(self._tails):
+                blocks, faults = columns(tail.blocks, metrics, tail.first - 1)
+                self._tails[i] = tail._replace(points=gather(blocks, self._names), blocks=[])
+                for f in faults:
+                    self._fault(f)
+            self._evaluated = True
 
     def _known(self, ref: str) -> None:
         metric, column = _split(ref)
@@ -600,11 +608,12 @@ def find_runs(path: str | os.PathLike[str]) -> list[Path]:
     return sorted(sorted(found), key=_begun, reverse=True)
 
 
-def _begun(folder: Path) -> str:
+def _begun(folder: Path) -> tuple[str, float]:
     try:
-        return layout.read_info(folder)["attempts"][-1]["started"]
-    except (RunFormatError, IndexError):
-        return ""
+        started = layout.read_info(folder)["attempts"][-1]["started"]
+        return started, (folder / layout.RUN_JSON).stat().st_mtime
+    except (RunFormatError, IndexError, OSError):
+        return "", 0.0
 
 
 def aligned(blocks: Mapping[str, Block]) -> Block:

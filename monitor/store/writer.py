@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from monitor.block import ColumnBlock
-from monitor.errors import RunFormatError, UsageError
+from monitor.errors import MetricError, RunFormatError, UsageError
 from monitor.metric import load_metrics
 from monitor.store import layout
 from monitor.store.parts import (
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 FLUSH_STEPS = 1000
 FLUSH_SECONDS = 30.0
 FLUSH_VALUES = 1 << 20  # so that the buffer of a model with very many tensors stays small
-KEEP_VALUES = 1 << 22  # what is held while the disk refuses; then the oldest steps are given up
+KEEP_VALUES = 1 << 22  # what is held while the disk refuses, before it is given up
 FAN = 16  # live parts of one size that are merged into one of the next
 LARGE_ROWS = 1 << 23  # a part of this size is worth keeping for good …
 LARGE_STEPS = 4096  # … if it also covers enough steps for its summary to be small beside it
@@ -130,7 +130,7 @@ class RunWriter:
     @property
     def problem(self) -> str | None:
         """Why something is not being written at the moment, in words; None if all is well."""
-        return next(iter(self._problems.values()), self.tail.problem)
+        return (*self._problems.values(), self.tail.problem)[0]
 
     def update(self, **fields: Any) -> None:
         """Merge ``fields`` into run.json and rewrite it at once.
@@ -335,17 +335,21 @@ class RunWriter:
                 self._keep(rest)
             _remove(mine)
         self._levels = [[]]
-        for temp in [*self.path.glob("*.tmp"), *self._rank.glob("*.tmp"), *self._rank.glob("*/*.tmp")]:
+        for temp in [*self._rank.glob(".*.tmp"), *self._rank.glob("*/.*.tmp")]:
             temp.unlink(missing_ok=True)
 
     def _write_left_over(self) -> None:
         """Make live parts of the rows that earlier attempts left in the tail, and remove what is left of the tail."""
         parts = [p for room in (layout.LIVE, layout.SERIES) for p in open_parts(self.path, room)[0]]
         segments = read_tail(self.path)
+        try:
+            metrics = load_metrics().values()
+        except MetricError:  # the rows stay for a version that is whole
+            return
         for attempt in sorted({s.attempt for s in segments if s.attempt < self.attempt}):
             mine = [s for s in segments if s.attempt == attempt]
             after = max((p.last for p in parts if p.attempt == attempt), default=-1)
-            blocks, faults = columns([b for s in mine for b in s.blocks], load_metrics().values(), after)
+            blocks, faults = columns([b for s in mine for b in s.blocks], metrics, after)
             if faults:
                 continue  # the rows stay for a version that knows the metrics they were recorded for
             if blocks:

@@ -137,7 +137,7 @@ def test_facts() -> None:
 
 def test_order_of_execution_comes_from_the_facts() -> None:
     """Oracle: definition. Where the facts know the modules, their order decides, not that of first appearance."""
-    values = column("grad_norm.norm", [[1.0, 1.0]] * 30 + [[99.0, 99.0]], ("late", "early"))
+    values = column("grad_norm.norm", [[1.0, 1.0]] * 60 + [[99.0, 99.0]], ("late", "early"))
     rules = {"gradient_spike": RULES["gradient_spike"]}
     assert [f.module for f in fold(rules, [values]).findings()] == ["late", "early"]
     facts = {"parameters": [{"name": "early"}, {"name": "late"}]}

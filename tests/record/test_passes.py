@@ -251,7 +251,7 @@ def test_update_is_the_true_change() -> None:
         old = [w.double() for w in now]
         for w in now:
             w.add_(torch.randn_like(w) * 1e-3)
-        got = update.update_stats(held, now)
+        got = torch.stack(update.update_stats(held, now)).view(-1, 2)
         for i, (a, b) in enumerate(zip(old, now, strict=True)):
             assert got[i, 0].item() == pytest.approx((b.double() - a).norm().item(), rel=1e-4)
             assert got[i, 1].item() == pytest.approx(b.double().norm().item(), rel=1e-6)
@@ -287,13 +287,13 @@ def test_distance_estimate_is_unbiased_and_knows_its_error() -> None:
 def test_input_statistics_and_fingerprint() -> None:
     """Oracle: closed form, and invariance: equal batches have equal fingerprints, one changed element another."""
     x = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
-    n, sumsq, peak, bad, mark = input_stats(x).tolist()
+    n, sumsq, peak, bad, mark = input_stats(x)
     assert (n, sumsq, peak, bad) == (4, 25, 4, 0)
     assert input_stats(x.clone())[4] == mark
     assert input_stats(x.flip(1))[4] != mark
     assert mark == int(mark) < 2**24
     tokens = torch.arange(12).view(3, 4)
-    assert input_stats(tokens).shape == (1,)
+    assert len(input_stats(tokens)) == 1
     x[0, 0] = math.nan
     assert input_stats(x)[3] == 1
     assert math.isnan(input_stats(x)[2])

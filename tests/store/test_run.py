@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,14 @@ def test_stays_readable(recorder: Recorder, folder: Path) -> None:
     assert not list((folder / "rank0" / "live").iterdir())
     assert same(read_back(run), recorded) and {s.n for s in run.summary()} == {403}
     assert run.sql("select count(*) from series").fetchall() == [(5 * 403,)] and run.warnings == []
+
+
+def test_threads_share_a_run(recorder: Recorder, folder: Path) -> None:
+    """Oracle: plain dict. Sessions of a dashboard read one run at once, also what the tail must be evaluated for."""
+    run = open_run(folder)
+    with ThreadPoolExecutor(8) as pool:
+        several = list(pool.map(lambda _: read_back(run), range(8)))
+    assert all(same(some, recorder.recorded) for some in several)
 
 
 def test_resume(recorder: Recorder, folder: Path) -> None:

@@ -22,45 +22,58 @@ WARMUP = 20
 #: gradient an element ever had) or the spike is beyond 1e6 / (1 - beta2) times it: the mean over the rest of the tensor
 #: decides which.
 _LOST = 1e-6
+_TINY = torch.finfo(torch.float32).tiny
 
 
-def gradient_stats(grads: Sequence[Tensor]) -> Tensor:
+def gradient_stats(grads: Sequence[Tensor]) -> Tensor | np.ndarray:
     """Norm, largest absolute value and count of non-finite elements of each tensor.
 
     Args:
         grads: dense floating tensors of one device; read only.
 
     Returns:
-        ``(tensor, 3)`` float32. The norm is right down to elements of 1e-38 (rescaled by the largest element where
-        float32 squares underflow) and is infinite only if an element is, or the true norm exceeds 3.4e38.
+        ``(tensor, 3)``: float64 array on a CPU, float32 tensor elsewhere. The norm is right down to elements of 1e-38
+        (rescaled by the largest element where float32 squares underflow) and is infinite only if an element is, or the
+        true norm exceeds 3.4e38.
 
     Cost: two reads of each gradient; no host sync on an accelerator.
     Source: definition; underflow measured (the float32 norm of 1,000 x 1e-24 is 0).
     """
-    norm = torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
+    if grads[0].device.type == "cpu":
+        return _on_cpu(grads)
     extremes = [torch.aminmax(g) for g in grads]
     low = torch.stack([e[0] for e in extremes]).float()
     high = torch.stack([e[1] for e in extremes]).float()
     peak = torch.maximum(-low, high)
-    bad = torch.zeros_like(norm)
-    if norm.device.type == "cpu":
-        values, peaks = norm.tolist(), peak.tolist()
-        for i, (v, p) in enumerate(zip(values, peaks, strict=True)):
-            if not math.isfinite(v):
-                bad[i] = float((~torch.isfinite(grads[i])).sum())
-            # squares of elements below 1e-19 lose bits in float32, above 1.8e19 they overflow
-            if (v < 1e-15 and p > 0) or (v == math.inf and math.isfinite(p)):
-                norm[i] = torch.linalg.vector_norm(grads[i], dtype=torch.float64)
-    else:
-        bad = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
-        tiny = torch.finfo(torch.float32).tiny
-        scaled = torch._foreach_div([g.float() for g in grads], list(peak.clamp_min(tiny).unbind()))
-        exact = torch.stack(torch._foreach_norm(scaled)) * peak
-        norm = torch.where(torch.isfinite(peak) & (peak > 0), exact, norm)
+    bad = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
+    norm = torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
+    scaled = torch._foreach_div([g.float() for g in grads], list(peak.clamp_min(_TINY).unbind()))
+    exact = torch.stack(torch._foreach_norm(scaled)) * peak
+    norm = torch.where(torch.isfinite(peak) & (peak > 0), exact, norm)
     return torch.stack((norm, peak, bad), dim=1)
 
 
-def spike_stats(grads: Sequence[Tensor], seconds: Sequence[Tensor], beta2: float, n: float, scratch: Scratch) -> Tensor:
+def _on_cpu(grads: Sequence[Tensor]) -> np.ndarray:
+    out = np.zeros((len(grads), 3))
+    # each tensor is read twice in a row, the second time from cache if it fits; one conversion for all results
+    read = [
+        t for g in grads for t in (torch.linalg.vector_norm(g, dtype=torch.float32), *(e.float() for e in g.aminmax()))
+    ]
+    norm, low, high = torch.stack(read).numpy().reshape(-1, 3).T
+    out[:, 0], out[:, 1] = norm, np.maximum(-low, high)
+    # squares of elements below 1e-19 lose bits in float32, above 1.8e19 they overflow
+    odd = ~np.isfinite(norm) | ((norm < 1e-15) & (out[:, 1] > 0))
+    for i in np.flatnonzero(odd):
+        if math.isfinite(out[i, 1]):
+            out[i, 0] = float(torch.linalg.vector_norm(grads[i], dtype=torch.float64))
+        else:
+            out[i, 2] = float((~torch.isfinite(grads[i])).sum())
+    return out
+
+
+def spike_stats(
+    grads: Sequence[Tensor], seconds: Sequence[Tensor], beta2: float, n: float, scratch: Scratch
+) -> Tensor | np.ndarray:
     """Spiked elements of each gradient, from Adam's second moment after the step.
 
     Args:
@@ -71,8 +84,9 @@ def spike_stats(grads: Sequence[Tensor], seconds: Sequence[Tensor], beta2: float
         scratch: reused between steps.
 
     Returns:
-        ``(tensor, 2)`` float32: number of spiked elements, and the largest g^2 / v (bias-corrected v before the step)
-        among them, 0 if there is none. Elements whose v was 0 have nothing to be compared with and do not count.
+        ``(tensor, 2)``, float64 array on a CPU, else float32 tensor: number of spiked elements, and the largest g^2 / v
+        (bias-corrected v before the step) among them, 0 if there is none. Where v is lost to rounding (see `_LOST`) the
+        tensor's mean stands in for it.
 
     Cost: on a CPU two reads and two cached passes that decide whether anything is spiked; more only where something
     is. On an accelerator always the full computation, without a sync.
@@ -83,7 +97,7 @@ def spike_stats(grads: Sequence[Tensor], seconds: Sequence[Tensor], beta2: float
     slope = (beta2 + theta * (1 - beta2)) / theta  # spiked: v' < slope g^2
     if grads[0].device.type != "cpu":
         return torch.stack([_on_device(g, v, beta2, correction, slope) for g, v in zip(grads, seconds, strict=True)])
-    out = torch.zeros(len(grads), 2)
+    out = np.zeros((len(grads), 2))
     for group in scratch.groups(grads):
         g, v = scratch.flat([grads[i] for i in group], [seconds[i] for i in group])
         # one multiply-add and one minimum decide for the whole group

@@ -27,8 +27,8 @@ _OPS = {"classes": "last", "u_nats": "last", "max_norm": "max", "max_cnorm": "ma
 #: Quantiles of several micro-batches are averaged (the only statistics here that do not merge exactly).
 MERGE = tuple(_OPS.get(s, "mean" if s.startswith("headroom") else "sum") for s in STATS)
 
-#: Elements of one tile: 1 MiB of float32, so that the dozen reads after the first come from cache.
-TILE = 1 << 18
+#: Elements of one tile: 512 KiB of float32, so that the dozen reads after the first come from cache.
+TILE = 1 << 17
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -80,7 +80,11 @@ def _reduced(xp: Any, r: Any, k: int, dtype: torch.dtype, valid: Any) -> Any:
         n = valid.sum()
         low, high = xp.where(valid, r, math.inf), xp.where(valid, r, -math.inf)
         headroom = xp.where(valid, headroom, math.inf)  # sorted behind the rows that count
-        r, absorbed, collapsed = xp.where(valid, r, 0.0), xp.where(valid, absorbed, 0.0), xp.where(valid, collapsed, 0.0)
+        r, absorbed, collapsed = (
+            xp.where(valid, r, 0.0),
+            xp.where(valid, absorbed, 0.0),
+            xp.where(valid, collapsed, 0.0),
+        )
     sums, squares = r.sum(axis=1), xp.square(r[:_SQUARED]).sum(axis=1)
     top, bottom = xp.amax(high[:_EXTREME], axis=1), xp.amin(low[_LOW])
     norm, lse, cnorm, sum_z, _, _, margin, true_margin, entropy, top1, _, _ = sums

@@ -49,7 +49,7 @@ class ActivationSite(Site):
             return
         place, count = self._born(loss)
         if count:
-            self.rec.emit("birthplace", STATS, place, torch.tensor([float(count)]))
+            self.rec.emit("birthplace", STATS, place, (float(count),))
 
     def _born(self, loss: Tensor) -> tuple[str, int]:
         """``(module (operation), non-finite elements)`` of the earliest non-finite value, or ``("", 0)``."""

@@ -43,7 +43,8 @@ class GradientSite(Site):
             self._any = True
             values = gradient_stats(grads)
             if isinstance(scale, Tensor):
-                values = values / torch.stack((scale, scale, torch.ones_like(scale))).to(values.device)
+                divisor = torch.stack((scale, scale, torch.ones_like(scale)))
+                values = values / (divisor.numpy() if self.rec.on_cpu else divisor)
             self.rec.emit_many("gradient", STATS, names, values, _NORMS)
             self._spiked(optimizer, group, names, params, grads, scale)
 

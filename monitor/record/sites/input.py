@@ -31,5 +31,5 @@ class InputSite(Site):
             if found > _MOST:
                 break
             values = input_stats(x)
-            at = slice(len(STATS) - values.numel(), len(STATS))
+            at = slice(len(STATS) - len(values), len(STATS))
             self.rec.emit("input", STATS, prefix + name, values, MERGE, at)

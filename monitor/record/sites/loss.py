@@ -20,7 +20,7 @@ STATS = ("value", "micro_steps")
 class _Call:
     """One call of backward: its loss, the attempt at an update it belongs to, and whether a closure made it."""
 
-    value: Tensor
+    value: Tensor | float
     epoch: int
     in_step: bool
 
@@ -52,7 +52,8 @@ class LossSite(Site):
             if loss.numel() != 1:
                 self._why = "backward was called on a tensor with more than one element"
                 continue
-            self._calls.append(_Call(loss.detach().reshape(()).clone(), self.rec.epoch, self.rec.in_step))
+            value = loss.item() if self.rec.on_cpu else loss.detach().reshape(()).float()
+            self._calls.append(_Call(value, self.rec.epoch, self.rec.in_step))
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Record the loss of the update this optimizer has just made."""
@@ -64,11 +65,12 @@ class LossSite(Site):
         if not calls:
             return
         self._seen = True
-        value = torch.stack([c.value.float() for c in calls]).sum()
+        value = sum((c.value for c in calls[1:]), calls[0].value)
         scale = self.rec.inverse_scale
         if scale is not None:
-            value = value * scale.to(value.device, non_blocking=True)
-        values = torch.stack((value, torch.full_like(value, len(calls))))
+            value = value * (scale.item() if self.rec.on_cpu else scale)
+        count = float(len(calls))
+        values = torch.stack((value, torch.full_like(value, count))) if isinstance(value, Tensor) else (value, count)
         self.rec.emit("loss", STATS, self.rec.label(optimizer), values)
 
     def missing(self) -> Sequence[tuple[str, str]]:

@@ -56,18 +56,19 @@ class ParameterSite(Site):
         """Record norm and change of this optimizer's parameters."""
         measure = self.rec.step % _DISTANCE_EVERY == 0
         names: list[str] = []
-        values, moved = [], []
+        values: list[Tensor] = []
+        moved: list[Tensor] = []
         for group in self._plan(optimizer):
             now = [_local(p) for p in group.params]
             names += group.names
-            values.append(update.update_stats(group.before, now))
+            values += update.update_stats(group.before, now)
             if measure:
                 moved += [
                     distance.distance_stats(distance.sample(w), start, w.numel())
                     for w, start in zip(now, group.start, strict=True)
                 ]
         if names:
-            self.rec.emit_many("update", update.STATS, names, torch.cat(values))
+            self.rec.emit_many("update", update.STATS, names, torch.stack(values).view(-1, 2))
         if moved:
             self.rec.emit_many("distance", distance.STATS, names, torch.stack(moved))
 

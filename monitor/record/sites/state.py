@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -56,13 +57,14 @@ class StateSite(Site):
         rates = [g.get("lr") for g in optimizer.param_groups]
         label = self.rec.label(optimizer)
         names = [f"{label}.group[{i}]" if label else f"group[{i}]" for i in range(len(rates))]
-        if all(isinstance(r, int | float) for r in rates):
-            values = torch.tensor(rates, dtype=torch.float32, device=self.rec.device)
-        elif all(isinstance(r, int | float | Tensor) for r in rates):
-            values = torch.stack([torch.as_tensor(r, dtype=torch.float32, device=self.rec.device) for r in rates])
-        else:
+        if not all(isinstance(r, int | float | Tensor) for r in rates):
             return
-        self.rec.emit_many("learning_rate", ("lr",), names, values.view(-1, 1))
+        if any(isinstance(r, Tensor) for r in rates):
+            device = self.rec.device
+            values = torch.stack([torch.as_tensor(r, dtype=torch.float32, device=device) for r in rates]).view(-1, 1)
+        else:
+            values = np.array(rates, dtype=np.float64).reshape(-1, 1)
+        self.rec.emit_many("learning_rate", ("lr",), names, values)
 
     def on_row(self) -> None:
         """Record what belongs to the step as a whole."""
@@ -77,6 +79,6 @@ class StateSite(Site):
         self._unscaled = 0
         now = time.perf_counter()
         spent = self.rec.spent
-        values = torch.tensor([now - self._last, spent - self._spent])
+        values = (now - self._last, spent - self._spent)
         self._last, self._spent = now, spent
         self.rec.emit("clock", ("step_seconds", "monitor_seconds"), "", values)
