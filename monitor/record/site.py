@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from monitor.record.recorder import Recorder
 
 
+#: Steps at the beginning of a run at which everything is measured every step.
+START = 20
+
+
 class Site:
     """Base of all sites. Each method is called inside the recorder's guard: if it raises, training goes on without it.
 
@@ -24,6 +28,11 @@ class Site:
 
     def __init__(self, recorder: Recorder) -> None:
         self.rec = recorder
+
+    def due(self, every: int, step: int | None = None) -> bool:
+        """True if something measured every so many steps is measured now (or at ``step``); at first it always is."""
+        step = self.rec.step if step is None else step
+        return step < START or step % every == 0
 
     def before(self) -> dict[Any, Watcher]:
         """Functions to watch before they run."""

@@ -9,8 +9,8 @@ How it is decided:
     Norm: 5 times the median of the 100 points before it, and on the logarithmic scale 8 robust standard deviations
     above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times the
     (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy. The first
-    20 points of a parameter are not judged. Every parameter is judged by itself; the head of the incident is the
-    first in order of execution.
+    50 points of a parameter are not judged: leaving the first plateau is no spike. Every parameter is judged by
+    itself; the head of the incident is the first in order of execution.
 
 What to do:
     If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If not,

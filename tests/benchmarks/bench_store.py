@@ -1,6 +1,6 @@
 """What storing costs, and what reading costs, as ratios: ``python tests/benchmarks/bench_store.py [steps] [series]``.
 
-Writes one run of synthetic norms (300 series by default), then reads it in processes of their own, whose CPU time includes
+Writes one run of synthetic norms (300 series by default), then reads it in fresh processes, whose CPU time includes
 the imports. Ratios are printed, not asserted: absolute times belong to the machine.
 """
 
@@ -35,7 +35,11 @@ def cpu(code: str) -> float:
     """CPU seconds of a fresh Python process running ``code``, the best of three."""
     program = f"{code}\nimport resource; r = resource.getrusage(resource.RUSAGE_SELF); print(r.ru_utime + r.ru_stime)"
     return min(
-        float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+        float(
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()[
+                -1
+            ]
+        )
         for _ in range(3)
     )
 

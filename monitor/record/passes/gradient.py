@@ -123,7 +123,7 @@ def _count(
             before = (now - (1 - beta2) * square) / beta2
             lost = before <= _LOST * now
             if lost.any():
-                rest = float(second[begin : begin + size].sum(dtype=np.float64)) - float(now.sum())
+                rest = float(second[begin : begin + size].sum()) - float(now.sum())
                 before[lost] = rest / max(1, size - mine.size)
             ratio = square * correction / np.maximum(before, np.finfo(np.float64).tiny)
             spiked = (ratio > THETA) & (before > 0)
@@ -152,12 +152,13 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._groups: tuple[tuple[int, ...], list[list[int]]] = ((), [])
+        self._groups: dict[tuple[int, ...], list[list[int]]] = {}
 
     def groups(self, tensors: Sequence[Tensor]) -> list[list[int]]:
         """Indices of the tensors that are handled together."""
         sizes = tuple(t.numel() for t in tensors)
-        if sizes != self._groups[0]:
+        known = self._groups.get(sizes)
+        if known is None:
             found: list[list[int]] = []
             small: list[int] = []
             for i, size in enumerate(sizes):
@@ -168,8 +169,8 @@ class Scratch:
                     found.append(small)
                     small = []
                 small.append(i)
-            self._groups = (sizes, [*found, *([small] if small else [])])
-        return self._groups[1]
+            known = self._groups[sizes] = [*found, *([small] if small else [])]
+        return known
 
     def room(self, n: int, dtype: torch.dtype, name: str = "square") -> Tensor:
         """``(n,)`` uninitialised elements, the same memory each time."""

@@ -13,6 +13,9 @@ from monitor.record.passes.gradient import STATS, WARMUP, Scratch, gradient_stat
 from monitor.record.site import Site
 
 _NORMS, _SPIKES = slice(0, 3), slice(3, 5)
+#: Tensors of more elements are searched for spiked ones in turn, each at every fourth step: it needs the second moment
+#: too, half again of what the norms read. A spiked batch shows in every tensor at once.
+_SMALL, _TURNS = 1 << 14, 4
 
 
 class GradientSite(Site):
@@ -71,8 +74,11 @@ class GradientSite(Site):
             return
         self._spikes = True
         if n > WARMUP:
-            values = spike_stats(some_grads, seconds, beta2, n, self._scratch)
-            self.rec.emit_many("gradient", STATS, some_names, values, _SPIKES)
+            turn = [i for i, g in enumerate(some_grads) if g.numel() <= _SMALL or (i + self.rec.step) % _TURNS == 0]
+            if turn:
+                some_grads, seconds = [some_grads[i] for i in turn], [seconds[i] for i in turn]
+                values = spike_stats(some_grads, seconds, beta2, n, self._scratch)
+                self.rec.emit_many("gradient", STATS, [some_names[i] for i in turn], values, _SPIKES)
 
     def _updates(self, optimizer: Optimizer, p: Tensor) -> float | None:
         """Updates in the second moment, from the optimizer's own counter where reading it costs no sync."""

@@ -12,10 +12,13 @@ from torch.nn import functional as F
 from monitor.record.mode import Watcher
 from monitor.record.passes import logit_rows, loss_rows
 from monitor.record.private import saved
+from monitor.record.ring import Values
 from monitor.record.site import Site
 
 #: Read all rows up to this many logits; above it, about `ROWS` rows evenly spaced from a random start.
 ALL, ROWS = 1 << 14, 256
+#: Steps between two looks at what needs an exponential of every logit.
+EVERY = 5
 _IGNORE = -100
 
 
@@ -31,7 +34,7 @@ class LogitsSite(Site):
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        self._pending: list[tuple[str, tuple[str, ...], str, Tensor, tuple[str, ...], tuple[int, ...]]] = []
+        self._pending: list[tuple[str, tuple[str, ...], str, Values, tuple[str, ...], tuple[int, ...]]] = []
         self._calls = 0
         self._seen = False
 
@@ -66,22 +69,20 @@ class LogitsSite(Site):
         name = "cross_entropy" if self._calls == 0 else f"cross_entropy[{self._calls}]"
         self._calls += 1
         dtype = logp.dtype if logp is not None else _loss_dtype(z)
-        rows, targets = self._sample(z, y if classes else None)
-        if rows.shape[0] == 0 or rows.shape[1] < 2:
-            return
-        valid = None if targets is None else targets != ignore
-        if valid is not None and rows.device.type == "cpu" and bool(valid.all()):
-            valid = None
-        stats = logit_rows.logit_rows(rows, targets, dtype, valid)
-        if targets is None:
-            unknown = (*unknown, *_NEEDS_CLASSES)
-        self._pending.append(("logit_rows", logit_rows.STATS, name, stats, logit_rows.MERGE, unknown))
-        if targets is not None:
+        if self.due(EVERY):
+            rows, targets = self._sample(z, y if classes else None)
+            if rows.shape[0] == 0 or rows.shape[1] < 2:
+                return
+            stats = logit_rows.logit_rows(rows, targets, dtype, _counting(targets, ignore))
+            unknown = unknown if classes else (*unknown, *_NEEDS_CLASSES)
+            self._pending.append(("logit_rows", logit_rows.STATS, name, stats, logit_rows.MERGE, unknown))
+        if classes:
             if logp is None:
-                seen = loss_rows.loss_rows(rows.to(dtype).log_softmax(1), targets, ignore)
-            else:
-                seen = loss_rows.loss_rows(logp, y, ignore)
-            self._pending.append(("loss_rows", loss_rows.STATS, name, seen, loss_rows.MERGE, ()))
+                rows, targets = self._sample(z, y)
+                logp, y = rows.to(dtype).log_softmax(1), targets
+            self._pending.append(
+                ("loss_rows", loss_rows.STATS, name, loss_rows.loss_rows(logp, y, ignore), loss_rows.MERGE, ())
+            )
 
     def _sample(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``(row, class)`` view of all rows or an evenly spaced sample, and their targets.
@@ -128,6 +129,14 @@ _NEEDS_LOGITS = tuple(
     logit_rows.STATS.index(s)
     for s in ("sum_norm", "max_norm", "sumsq", "sum_z", "max_z", "min_z", "sum_lse", "sumsq_lse")
 )
+
+
+def _counting(targets: Tensor | None, ignore: int) -> Tensor | None:
+    """Which rows count; None if all do, which is known without a sync only on a CPU."""
+    if targets is None:
+        return None
+    valid = targets != ignore
+    return None if valid.device.type == "cpu" and bool(valid.all()) else valid
 
 
 def _loss_dtype(z: Tensor) -> torch.dtype:

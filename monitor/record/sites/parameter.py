@@ -15,8 +15,8 @@ from monitor.record.site import Site
 #: Tensors of up to this many elements are handled together, larger ones alone, so that the second half of the work
 #: finds the tensor in cache.
 _SMALL = 1 << 12
-#: Steps between measurements of the distance from the start.
-_DISTANCE_EVERY = 10
+#: Steps between measurements.
+EVERY = 10
 
 
 @dataclass
@@ -27,6 +27,7 @@ class _Group:
     params: list[Tensor]
     before: list[Tensor]
     start: list[Tensor]
+    copied: int  # step after whose update the copies were taken
 
 
 class ParameterSite(Site):
@@ -53,20 +54,26 @@ class ParameterSite(Site):
         return held
 
     def on_step(self, optimizer: Optimizer) -> None:
-        """Record norm and change of this optimizer's parameters."""
-        measure = self.rec.step % _DISTANCE_EVERY == 0
+        """Record norm and change of this optimizer's parameters, and copy them if the next step is to be measured."""
+        copy = self.due(EVERY, self.rec.step + 1)
+        if not (copy or self.due(EVERY)):
+            return
         names: list[str] = []
         values: list[Tensor] = []
         moved: list[Tensor] = []
         for group in self._plan(optimizer):
             now = [_local(p) for p in group.params]
-            names += group.names
-            values += update.update_stats(group.before, now)
-            if measure:
-                moved += [
-                    distance.distance_stats(distance.sample(w), start, w.numel())
-                    for w, start in zip(now, group.start, strict=True)
-                ]
+            if group.copied == self.rec.step - 1:
+                names += group.names
+                values += update.update_stats(group.before, now)
+                if self.rec.step % EVERY == 0:
+                    moved += [
+                        distance.distance_stats(distance.sample(w), start, w.numel())
+                        for w, start in zip(now, group.start, strict=True)
+                    ]
+            if copy:
+                torch._foreach_copy_(group.before, now)
+                group.copied = self.rec.step
         if names:
             self.rec.emit_many("update", update.STATS, names, torch.stack(values).view(-1, 2))
         if moved:
@@ -96,6 +103,7 @@ class ParameterSite(Site):
                 params,
                 [self._copies[id(p)][0] for p in params],
                 [self._copies[id(p)][1] for p in params],
+                self.rec.step - 1,
             )
             for params in (*small.values(), *alone)
         ]
