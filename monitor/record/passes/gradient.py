@@ -56,9 +56,10 @@ def gradient_stats(grads: Sequence[Tensor]) -> Tensor | np.ndarray:
 def _on_cpu(grads: Sequence[Tensor]) -> np.ndarray:
     out = np.zeros((len(grads), 3))
     # each tensor is read twice in a row, the second time from cache if it fits; one conversion for all results
-    read = [
-        t for g in grads for t in (torch.linalg.vector_norm(g, dtype=torch.float32), *(e.float() for e in g.aminmax()))
-    ]
+    if all(g.dtype == torch.float32 for g in grads):
+        read = [t for g in grads for t in (torch.linalg.vector_norm(g), *g.aminmax())]
+    else:
+        read = [t.float() for g in grads for t in (torch.linalg.vector_norm(g, dtype=torch.float32), *g.aminmax())]
     norm, low, high = torch.stack(read).numpy().reshape(-1, 3).T
     out[:, 0], out[:, 1] = norm, np.maximum(-low, high)
     # squares of elements below 1e-19 lose bits in float32, above 1.8e19 they overflow
