@@ -45,7 +45,7 @@ _HOME = {
     "open": "monitor.store.run:open_run",
 }
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "Finding",
     "Handle",
     "Incident",

@@ -175,18 +175,17 @@ def apply(m: Metric, block: Block) -> list[ColumnBlock]:
         if c.name not in answer:
             raise MetricError(f"metric {m.id}: its formula gave {sorted(answer)}, expected a column {c.name!r}")
         result = answer[c.name]
-        values, has = result if isinstance(result, tuple) else (result, None)
+        values, mask = result if isinstance(result, tuple) else (result, None)
         values = np.asarray(values, dtype=np.float64)
         if values.ndim == 1:
-            values = values[:, None]
-            has = anything.any(axis=1, keepdims=True) if has is None else has.reshape(values.shape)
             modules: tuple[str, ...] = ("",)
+            values = values[:, None]
+            has = anything.any(axis=1)[:, None] if mask is None else mask.reshape(values.shape)
         else:
-            has = anything if has is None else has
             modules = block.modules
+            has = anything if mask is None else mask
         if values.shape != (len(block.steps), len(modules)) or has.shape != values.shape:
-            raise MetricError(
-                f"metric {m.id}: column {c.name!r} has shape {values.shape}, expected {(len(block.steps), len(modules))}"
-            )
+            shape = len(block.steps), len(modules)
+            raise MetricError(f"metric {m.id}: column {c.name!r} has shape {values.shape}, expected {shape}")
         found.append(ColumnBlock(m.id, c.name, block.steps, modules, values, has))
     return found

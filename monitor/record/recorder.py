@@ -147,8 +147,9 @@ class Recorder:
             return
         self._entries[id(module)] = False
         self._prefixes[id(module)] = prefix
-        self._hooks.append(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
-        self._hooks.append(module.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
+        before, after = _ModuleHook(self._before_forward), _ModuleHook(self._after_forward)
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def prefix(self, module: nn.Module) -> str:
         """What distinguishes the arguments of one hooked module from those of the others; empty for the first root."""
@@ -499,6 +500,22 @@ class Recorder:
         self.active = False
         if self.mode.on_stack():
             self.mode.leave()
+
+
+class _ModuleHook:
+    """A hook that stays behind when its module is copied or saved: in its place the copy gets one that does nothing.
+
+    What stands there is of the standard library, so that a saved model loads where there is no monitor.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        self._call(module, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 _IN_FORWARD = {"loss", "logit_norm", "loss_zero_frac"}

@@ -6,12 +6,19 @@ A remedy is an ordinary piece of PyTorch. It needs no recorder, and using it cha
 from __future__ import annotations
 
 from monitor.remedies.orthogonal_gradient import OrthogonalGradient, orthogonalize_gradients_
+from monitor.remedies.qk_norm import QKNorm
+from monitor.remedies.spike_aware_clipping import SpikeAwareClipping, clip_spikes_
 from monitor.remedies.stablemax import StableMaxCrossEntropy, stablemax, stablemax_cross_entropy
+from monitor.remedies.z_loss import z_loss
 
 __all__ = [
     "OrthogonalGradient",
+    "QKNorm",
+    "SpikeAwareClipping",
     "StableMaxCrossEntropy",
+    "clip_spikes_",
     "orthogonalize_gradients_",
     "stablemax",
     "stablemax_cross_entropy",
+    "z_loss",
 ]

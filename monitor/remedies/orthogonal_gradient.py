@@ -9,14 +9,14 @@ eq. 12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from monitor.errors import UsageError
+from monitor.remedies._gradients import before_update
 
 # The official code's guard against division by zero.
 _TINY = 1e-30
@@ -86,31 +86,13 @@ class OrthogonalGradient:
 
     def __init__(self, optimizer: Optimizer, *, rescale: bool = True) -> None:
         self.rescale = rescale
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
 
-    def remove(self) -> None:
-        """Give the optimizer its own gradients back from the next step on."""
-        self._hook.remove()
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         def orthogonalize() -> None:
             for group in optimizer.param_groups:
                 orthogonalize_gradients_(group["params"], rescale=self.rescale)
 
-        def wrapped(closure: Callable[[], Any]) -> Callable[[], Any]:
-            def evaluate() -> Any:
-                loss = closure()
-                orthogonalize()
-                return loss
+        self._hook = before_update(optimizer, orthogonalize)
 
-            return evaluate
-
-        # args[0] is the optimizer itself: the hook sits around the unbound method
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], wrapped(args[1]), *args[2:]), kwargs
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": wrapped(kwargs["closure"])}
-        orthogonalize()
-        return None
+    def remove(self) -> None:
+        """Give the optimizer its own gradients back from the next step on."""
+        self._hook.remove()

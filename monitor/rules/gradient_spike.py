@@ -14,7 +14,8 @@ How it is decided:
 
 What to do:
     If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If not,
-    look at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike.
+    look at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike
+    (monitor.remedies.SpikeAwareClipping does both).
 
 When it is wrong:
     The gradient seen is the one that the optimizer saw: after clipping, a spike may be flat in norm and show in the
@@ -71,7 +72,10 @@ RULE = Rule(
     remedies=(
         Remedy("find the batch of the peak step, and skip or repair it"),
         Remedy("clip the gradient norm: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"),
-        Remedy("after a spike of 100 times and more, reset the optimizer's moments and warm up again"),
+        Remedy(
+            "cap spiked elements and, after a spike of 100 times and more, begin Adam's moments afresh",
+            "monitor.remedies.SpikeAwareClipping",
+        ),
     ),
     params=(
         Param("times", 5, "times the median", "Stable-SPAM (arXiv 2502.17055), norm ratio; none in calibration"),

@@ -158,7 +158,8 @@ def compare(name: str, pairs: int, record: bool) -> str:
     with tempfile.TemporaryDirectory() as folder:
         handle = monitor.attach(watched.model, Path(folder) / "run") if record else None
         for _ in range(25 if default > 10 else 3):
-            plain.timed(), watched.timed()
+            plain.timed()
+            watched.timed()
         ratios, base, same = [], [], True
         for i in range(pairs or default):
             first, second = (plain, watched) if i % 2 else (watched, plain)

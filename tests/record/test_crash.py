@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,10 +179,10 @@ def test_resume_appends_an_attempt(tmp_path: Path) -> None:
         ({"resume": True}, "needs run_dir"),
     ],
 )
-def test_wrong_arguments_get_one_line(arguments: dict, said: str) -> None:
+def test_wrong_arguments_get_one_line(arguments: dict[str, Any], said: str) -> None:
     """Oracle: definition. What was received, what was expected."""
     with pytest.raises(monitor.UsageError, match=said) as error:
-        monitor.attach(**({"model": trainings.mlp()} | arguments))
+        monitor.attach(**(dict[str, Any](model=trainings.mlp()) | arguments))
     assert "\n" not in str(error.value)
 
 

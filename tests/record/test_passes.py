@@ -23,7 +23,7 @@ def stats(z: Tensor, y: Tensor | None = None, dtype: torch.dtype = torch.float32
 
 def reference(z: Tensor, y: Tensor, u: float) -> dict[str, float]:
     """A naive float64 transcription of the definitions, one row after another."""
-    out = dict.fromkeys(
+    out: dict[str, float] = dict.fromkeys(
         ("sum_norm", "sum_cnorm", "sum_rowstd", "sum_margin", "sum_true_margin", "sum_lse", "sumsq_lse", "sum_entropy",
          "sum_top1", "collapsed", "collapsed_any", "sumsq", "sum_z"), 0.0
     )  # fmt: skip

@@ -44,7 +44,7 @@ class Digest:
         for o in optimizers:
             self.add(o.state_dict()["state"])
         self.add(torch.get_rng_state())
-        self.add(np.random.get_state()[1].tolist())
+        self.add(dict(np.random.get_state(legacy=False))["state"]["key"].tolist())
         self.add(random.getstate())
         return self._hash.hexdigest()
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monitor.record.passes.dtype import sum_dtype
+
 STATS = ("norm", "max_abs", "nonfinite", "spikes", "spike_ratio")
 THETA = 5000.0
 #: Updates before the second moment says anything (SPAM's own warm-up).
@@ -29,7 +31,7 @@ def gradient_stats(grads: Sequence[Tensor]) -> Tensor | np.ndarray:
     """Norm, largest absolute value and count of non-finite elements of each tensor.
 
     Args:
-        grads: dense floating tensors of one device; read only.
+        grads: dense floating tensors of one device, none of them empty; read only.
 
     Returns:
         ``(tensor, 3)``: float64 array on a CPU, float32 tensor elsewhere. The norm is right down to elements of 1e-38
@@ -46,7 +48,8 @@ def gradient_stats(grads: Sequence[Tensor]) -> Tensor | np.ndarray:
     high = torch.stack([e[1] for e in extremes]).float()
     peak = torch.maximum(-low, high)
     bad = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
-    norm = torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    norm = torch.stack(torch._foreach_norm(list(grads), 2, dtype=wide)).float()
     scaled = torch._foreach_div([g.float() for g in grads], list(peak.clamp_min(_TINY).unbind()))
     exact = torch.stack(torch._foreach_norm(scaled)) * peak
     norm = torch.where(torch.isfinite(peak) & (peak > 0), exact, norm)
@@ -59,12 +62,12 @@ def _on_cpu(grads: Sequence[Tensor]) -> np.ndarray:
     if all(g.dtype == torch.float32 for g in grads):
         read = [t for g in grads for t in (torch.linalg.vector_norm(g), *g.aminmax())]
     else:
-        read = [t.float() for g in grads for t in (torch.linalg.vector_norm(g, dtype=torch.float32), *g.aminmax())]
+        read = [t.float() for g in grads for t in (torch.linalg.vector_norm(g, dtype=sum_dtype(g)), *g.aminmax())]
     norm, low, high = torch.stack(read).numpy().reshape(-1, 3).T
     out[:, 0], out[:, 1] = norm, np.maximum(-low, high)
     # squares of elements below 1e-19 lose bits in float32, above 1.8e19 they overflow
     odd = ~np.isfinite(norm) | ((norm < 1e-15) & (out[:, 1] > 0))
-    for i in np.flatnonzero(odd):
+    for i in np.flatnonzero(odd).tolist():
         if math.isfinite(out[i, 1]):
             out[i, 0] = float(torch.linalg.vector_norm(grads[i], dtype=torch.float64))
         else:
@@ -109,7 +112,7 @@ def spike_stats(
 
 
 def _count(
-    out: Tensor, group: Sequence[int], sizes: Sequence[int], short: Tensor, g: Tensor, v: Tensor, beta2: float,
+    out: np.ndarray, group: Sequence[int], sizes: Sequence[int], short: Tensor, g: Tensor, v: Tensor, beta2: float,
     correction: float,
 ) -> None:  # fmt: skip
     """Count the elements with ``short < 0`` for each tensor of a group, on a CPU."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monitor.record.passes.dtype import sum_dtype
+
 STATS = ("n", "sumsq", "max_abs", "nonfinite", "fingerprint")
 MERGE = ("sum", "sum", "max", "sum", "last")
 
@@ -36,11 +38,11 @@ def input_stats(x: Tensor) -> Tensor | list[float]:
     if not x.is_floating_point():
         return mark.view(1) if isinstance(mark, Tensor) else [mark]
     low, high = torch.aminmax(x)
-    norm = torch.linalg.vector_norm(x, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dtype=sum_dtype(x))
     if isinstance(mark, Tensor):
         bad = (~torch.isfinite(x)).sum().float()
         size = torch.full_like(mark, float(x.numel()))
-        return torch.stack((size, norm.square(), torch.maximum(-low, high).float(), bad, mark))
+        return torch.stack((size, norm.square().float(), torch.maximum(-low, high).float(), bad, mark))
     size, a, b = float(norm), float(low), float(high)
     # counting costs ten times the norm on a CPU, and a finite norm proves that there is nothing to count
     count = 0.0 if math.isfinite(size) else float((~torch.isfinite(x)).sum())

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from monitor.record.passes.dtype import sum_dtype
+
 STATS = ("update_norm", "param_norm")
 
 
@@ -15,20 +17,21 @@ def update_stats(before: Sequence[Tensor], now: Sequence[Tensor]) -> list[Tensor
 
     Args:
         before: the parameters as they were; overwritten by the negative change.
-        now: the parameters; read only.
+        now: the parameters, of one dtype if there are several; read only.
 
     Returns:
-        0-d float32 tensors, two for each parameter in turn: norm of ``now - before``, norm of ``now``.
+        0-d tensors, two for each parameter in turn: norm of ``now - before``, norm of ``now``.
 
     Cost: per element three reads and a write, half of it from cache if the caller passes groups that fit one; no
     allocation of tensor size, no host sync.
     Source: definition.
     """
+    dtype = sum_dtype(now[0])
     if len(now) == 1:
-        change = torch.linalg.vector_norm(before[0].sub_(now[0]), dtype=torch.float32)
-        return [change, torch.linalg.vector_norm(now[0], dtype=torch.float32)]
+        change = torch.linalg.vector_norm(before[0].sub_(now[0]), dtype=dtype)
+        return [change, torch.linalg.vector_norm(now[0], dtype=dtype)]
     olds, news = list(before), list(now)
     torch._foreach_sub_(olds, news)
-    changes = torch._foreach_norm(olds, 2, dtype=torch.float32)
-    norms = torch._foreach_norm(news, 2, dtype=torch.float32)
+    changes = torch._foreach_norm(olds, 2, dtype=dtype)
+    norms = torch._foreach_norm(news, 2, dtype=dtype)
     return [value for pair in zip(changes, norms, strict=True) for value in pair]

@@ -27,6 +27,7 @@ class GradientSite(Site):
         super().__init__(recorder)
         self._scratch = Scratch()
         self._any = self._spikes = False
+        self._complex = False
         self._why_no_spikes = "no optimizer keeps a second moment of the gradient (exp_avg_sq)"
 
     def on_step(self, optimizer: Optimizer) -> None:
@@ -36,11 +37,15 @@ class GradientSite(Site):
             names, params, grads = [], [], []
             for p in group["params"]:
                 g = p.grad
-                if g is None or not g.is_floating_point():
+                if g is None:
+                    continue
+                g = _dense(g)
+                self._complex = self._complex or g.is_complex()
+                if not g.is_floating_point() or g.numel() == 0:
                     continue
                 names.append(self.rec.parameter(p))
                 params.append(p)
-                grads.append(_dense(g))
+                grads.append(g)
             if not grads:
                 continue
             self._any = True
@@ -64,13 +69,19 @@ class GradientSite(Site):
             return
         some_names, some_grads, seconds = [], [], []
         for name, p, g in zip(names, params, grads, strict=True):
-            v = optimizer.state[p].get("exp_avg_sq")
-            if isinstance(v, Tensor) and v.shape == p.shape and v.dtype == g.dtype and v.dtype in _WIDE:
+            v = optimizer.state.get(p, {}).get("exp_avg_sq")  # no [p]: it would add an empty state
+            if not isinstance(v, Tensor):
+                continue
+            v = _dense(v)
+            if v.dtype not in _WIDE:
+                self._why_no_spikes = "the optimizer keeps its second moment in 16 bits"
+            elif v.shape != g.shape or v.dtype != g.dtype:  # a sparse gradient has some of the rows only
+                self._why_no_spikes = "the optimizer's second moment has another shape or dtype than the gradient"
+            else:
                 some_names.append(name)
                 some_grads.append(g)
-                seconds.append(_dense(v))
+                seconds.append(v)
         if not some_names:
-            self._why_no_spikes = "the optimizer keeps its second moment in 16 bits"
             return
         self._spikes = True
         if n > WARMUP:
@@ -89,9 +100,14 @@ class GradientSite(Site):
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """Gradients if there were none, spikes if no optimizer keeps what they are compared with."""
-        if not self._any:
-            return (("grad_norm", "no parameter had a gradient at an optimizer step"),)
-        return () if self._spikes else (("spam_spike", self._why_no_spikes),)
+        found = []
+        if self._complex:
+            found.append(("grad_norm", "complex gradients are not read"))
+        elif not self._any:
+            found.append(("grad_norm", "no parameter had a gradient at an optimizer step"))
+        if self._any and not self._spikes:
+            found.append(("spam_spike", self._why_no_spikes))
+        return found
 
 
 _WIDE = (torch.float32, torch.float64)

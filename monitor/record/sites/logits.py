@@ -61,6 +61,8 @@ class LogitsSite(Site):
         z = z.detach()
         if z.dim() == 1:
             z, y = z.unsqueeze(0), y.unsqueeze(0)
+        if z.shape[1] < 2:  # of one class every loss is exactly 0, which says nothing
+            return
         ignore = int(kwargs.get("ignore_index", args[4] if len(args) > 4 else _IGNORE))
         classes = not y.is_floating_point()
         logp = _saved_log_probabilities(result)
@@ -71,18 +73,17 @@ class LogitsSite(Site):
         dtype = logp.dtype if logp is not None else _loss_dtype(z)
         if self.due(EVERY):
             rows, targets = self._sample(z, y if classes else None)
-            if rows.shape[0] == 0 or rows.shape[1] < 2:
-                return
             stats = logit_rows.logit_rows(rows, targets, dtype, _counting(targets, ignore))
             unknown = unknown if classes else (*unknown, *_NEEDS_CLASSES)
             self._pending.append(("logit_rows", logit_rows.STATS, name, stats, logit_rows.MERGE, unknown))
         if classes:
-            if logp is None:
+            if logp is not None:
+                seen = loss_rows.loss_rows(logp, y, ignore)
+            else:
                 rows, targets = self._sample(z, y)
-                logp, y = rows.to(dtype).log_softmax(1), targets
-            self._pending.append(
-                ("loss_rows", loss_rows.STATS, name, loss_rows.loss_rows(logp, y, ignore), loss_rows.MERGE, ())
-            )
+                assert targets is not None
+                seen = loss_rows.loss_rows(rows.to(dtype).log_softmax(1), targets, ignore)
+            self._pending.append(("loss_rows", loss_rows.STATS, name, seen, loss_rows.MERGE, ()))
 
     def _sample(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``(row, class)`` view of all rows or an evenly spaced sample, and their targets.

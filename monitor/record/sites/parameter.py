@@ -75,7 +75,7 @@ class ParameterSite(Site):
                 torch._foreach_copy_(group.before, now)
                 group.copied = self.rec.step
         if names:
-            self.rec.emit_many("update", update.STATS, names, torch.stack(values).view(-1, 2))
+            self.rec.emit_many("update", update.STATS, names, torch.stack([v.float() for v in values]).view(-1, 2))
         if moved:
             self.rec.emit_many("distance", distance.STATS, names, torch.stack(moved))
 
@@ -92,10 +92,10 @@ class ParameterSite(Site):
         for p in floating:
             if all(p is not q for q in known):
                 self._copy(p)
-        small: dict[torch.device, list[Tensor]] = {}
+        small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in known:
             if p.numel() <= _SMALL:
-                small.setdefault(p.device, []).append(p)
+                small.setdefault((p.device, p.dtype), []).append(p)
         alone = [[p] for p in known if p.numel() > _SMALL]
         groups = [
             _Group(
