@@ -180,7 +180,7 @@ def apply(m: Metric, block: Block) -> list[ColumnBlock]:
         if values.ndim == 1:
             modules: tuple[str, ...] = ("",)
             values = values[:, None]
-            has = anything.any(axis=1)[:, None] if mask is None else mask.reshape(values.shape)
+            has = np.asarray(anything.any(axis=1) if mask is None else mask).reshape(values.shape)
         else:
             modules = block.modules
             has = anything if mask is None else mask

@@ -184,6 +184,9 @@ def attach(
         raise UsageError("attach(start_step=…) needs resume=True: a new run begins at step 0")
     if resume and run_dir is None:
         raise UsageError("attach(resume=True) needs run_dir=: the run to go on with")
+    for handle in set(_OPEN.values()):
+        if handle._recorder is not None and handle._recorder.orphaned():
+            handle.close()  # as in a search over many models: nobody else will
     root = unwrap(model)
     held = _OPEN.get(id(root))
     if held is not None:
@@ -211,9 +214,16 @@ def begin(
     except OSError as e:  # a full or read-only disk is no reason not to train
         to_stderr(f"cannot write {_short(folder)} ({e.strerror or e}); training goes on unrecorded")
         return Handle(None, None, [unwrap(m) for m in models])
-    flusher = Flusher(writer, to_stderr)
-    with quiet():
-        recorder = Recorder(models, flusher, optimizers=optimizers, follow_all=follow_all, start_step=writer.start_step)
+    try:
+        flusher = Flusher(writer, to_stderr)
+        with quiet():
+            recorder = Recorder(
+                models, flusher, optimizers=optimizers, follow_all=follow_all, start_step=writer.start_step
+            )
+    except Exception as e:  # an error of ours, or in a metric of the user's, is no reason not to train either
+        to_stderr(f"cannot record: {type(e).__name__}: {e}; training goes on unrecorded")
+        writer.close("failed", str(e))
+        return Handle(None, None, [unwrap(m) for m in models])
     flusher.missing = recorder.missing
     roots = [unwrap(m) for m in models]
     handle = Handle(recorder, flusher, roots)

@@ -182,7 +182,8 @@ class Flusher:
         for f in findings:
             if f.severity != "info" and (f.rule, "") not in self._said:
                 self._said.add((f.rule, ""))
-                self._say(f"{f.severity} at step {f.first_step:,}: {plain(describe(f))}")
+                first = plain(describe(f)).split(". ")[0].rstrip(".")  # the numbers and sources are in the run
+                self._say(f"{f.severity} at step {f.first_step:,}: {first}")
 
 
 def to_stderr(line: str) -> None:
@@ -190,5 +191,5 @@ def to_stderr(line: str) -> None:
     try:
         sys.stderr.write(f"monitor: {line}\n")
         sys.stderr.flush()
-    except (OSError, ValueError):
-        pass  # the user closed it
+    except (OSError, ValueError, AttributeError):
+        pass  # the user closed it, or there was none to begin with and it is None

@@ -70,12 +70,14 @@ class StepMode(TorchFunctionMode):
         return any(m is self for m in _get_current_function_mode_stack())
 
     def enter(self) -> None:
-        """Put the mode at the bottom of the calling thread's stack (above a default-device context).
+        """Put the mode at the bottom of the calling thread's stack (above the context of `torch.set_default_device`).
 
-        At the bottom, a ``with`` block of the user's own mode that is open now still ends in its own order.
+        At the bottom, a ``with`` block of the user's own mode that is open now still ends in its own order. So does
+        ``with torch.device(…)``, which takes whatever is on top; only `torch.set_default_device` looks at the bottom.
         """
         stack = _take_stack()
-        at = 1 if stack and isinstance(stack[0], DeviceContext) else 0
+        # the former is pushed from C++, the latter has been entered in Python
+        at = 1 if stack and isinstance(stack[0], DeviceContext) and hasattr(stack[0], "old_device") else 0
         for m in (*stack[:at], self, *stack[at:]):
             _push_mode(m)
 

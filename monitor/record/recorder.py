@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import random
+import sys
 import threading
 import time
 import warnings
@@ -29,22 +30,25 @@ from monitor.errors import MonitorWarning
 from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.mode import StepMode, Watcher
-from monitor.record.private import quiet
+from monitor.record.private import inside_functorch, quiet
 from monitor.record.ring import Ring, Values
 from monitor.record.site import Site
 from monitor.record.sites.activation import ActivationSite
+from monitor.record.sites.attention import AttentionSite
 from monitor.record.sites.gradient import GradientSite
 from monitor.record.sites.input import InputSite
 from monitor.record.sites.logged import LoggedSite
 from monitor.record.sites.logits import LogitsSite
 from monitor.record.sites.loss import LossSite
 from monitor.record.sites.parameter import ParameterSite
+from monitor.record.sites.router import RouterSite
 from monitor.record.sites.state import StateSite
 
 #: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
 BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
 _SITES: tuple[type[Site], ...] = (
-    InputSite, ActivationSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite, LoggedSite,
+    InputSite, ActivationSite, AttentionSite, RouterSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite,
+    LoggedSite,
 )  # fmt: skip
 
 
@@ -86,6 +90,7 @@ class Recorder:
         self._ring = Ring(self.device, BLOCK_ROWS)
         self._roots: list[nn.Module] = []
         self._names: dict[int, str] = {}
+        self._named_at = -1
         self._hooks: list[Any] = []
         self._entries: dict[int, bool] = {}
         self._prefixes: dict[int, str] = {}
@@ -105,6 +110,7 @@ class Recorder:
         self._thread = threading.get_ident()
         self._pid = os.getpid()
         self._signature: tuple[int, ...] = ()
+        self._missing: list[tuple[str, str]] | None = None
         self.active = True
         self.sites: list[Site] = [kind(self) for kind in _SITES]
         self._broken: set[str] = set()
@@ -147,7 +153,7 @@ class Recorder:
             return
         self._entries[id(module)] = False
         self._prefixes[id(module)] = prefix
-        before, after = _ModuleHook(self._before_forward), _ModuleHook(self._after_forward)
+        before, after = _Before(self), _After(self)
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
@@ -159,8 +165,17 @@ class Recorder:
         """Name of a parameter; one that belongs to no followed module is named by its place in an optimizer."""
         name = self._names.get(id(p))
         if name is None:
-            name = self._names[id(p)] = f"parameter[{len(self._names)}]"
+            self._look_up_names()  # the user may have given the model a new head
+            name = self._names.setdefault(id(p), f"parameter[{len(self._names)}]")
         return name
+
+    def _look_up_names(self) -> None:
+        """Read the models' parameter names again, once a step at most; ids of dead parameters are forgotten."""
+        if self._named_at == self.step:
+            return
+        self._named_at = self.step
+        strangers = {key: name for key, name in self._names.items() if name.startswith("parameter[")}
+        self._names = strangers | parameter_names(self._roots)
 
     def label(self, optimizer: Optimizer) -> str:
         """Name of an optimizer: empty if it is the only one that has stepped."""
@@ -170,6 +185,11 @@ class Recorder:
     def updates(self, optimizer: Optimizer) -> int:
         """Updates of this optimizer since it was first seen, including one under way."""
         return self._updates.get(id(optimizer), 0)
+
+    @property
+    def inside_forward(self) -> bool:
+        """True while the forward of a root module runs."""
+        return self._depth > 0
 
     def is_gradient(self, t: Tensor) -> bool:
         """True if ``t`` is the gradient of a parameter that is followed."""
@@ -258,6 +278,15 @@ class Recorder:
             self.flusher.take(block)
         self._handed_on = time.perf_counter()
 
+    def _follow_device(self) -> None:
+        """The model may have been moved since the last step, or made on no device at all and filled later."""
+        with quiet():
+            device = _device(self._roots)
+            if device != self.device:
+                self._hand_on(wait=True)
+                self._ring.move(device)
+                self.device, self.on_cpu = device, device.type == "cpu"
+
     # ---- the step
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -283,6 +312,8 @@ class Recorder:
         self.in_step = False
         self._thread = threading.get_ident()
         with quiet():
+            if self._forwards == 0:
+                self._follow_device()
             self._register(optimizer)
             if id(optimizer) in self._row:  # the cycle of several optimizers has begun again
                 self._close_row()
@@ -299,7 +330,10 @@ class Recorder:
             if self._only:
                 known = id(optimizer) in self._only
             else:
-                trained = [id(p) in self._names for g in optimizer.param_groups for p in g["params"]]
+                params = [id(p) for g in optimizer.param_groups for p in g["params"]]
+                if not all(p in self._names for p in params):
+                    self._look_up_names()
+                trained = [p in self._names for p in params]
                 known = any(trained)
                 if self._follow_all and not all(trained):
                     for model in find_models(optimizer):
@@ -311,13 +345,17 @@ class Recorder:
         return known
 
     def _register(self, optimizer: Optimizer) -> None:
-        self._updates[id(optimizer)] = self._updates.get(id(optimizer), 0) + 1
         signature = tuple(len(g["params"]) for o in self._optimizers if (x := o()) for g in x.param_groups)
         if not self._optimizers:
             self._expected = frozenset(self._alive())
-        if all(o() is not optimizer for o in self._optimizers):
-            self._optimizers.append(weakref.ref(optimizer))
-        elif signature == self._signature:
+        known = [o() for o in self._optimizers]
+        if all(o is not optimizer for o in known):
+            self._updates[id(optimizer)] = 0
+            # one that takes the place of a dead one goes on with its series
+            at = known.index(None) if None in known else len(known)
+            self._optimizers[at : at + 1] = [weakref.ref(optimizer)]
+        self._updates[id(optimizer)] += 1
+        if optimizer in known and signature == self._signature:
             return
         alive = [x for o in self._optimizers if (x := o()) is not None]
         self._signature = tuple(len(g["params"]) for x in alive for g in x.param_groups)
@@ -334,13 +372,15 @@ class Recorder:
     # ---- when the mode is on the stack
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and self._here():
+        if not torch.compiler.is_compiling() and self._here() and not _transformed():
             self._guard(self._begin_forward, module, args, kwargs)
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
         if self._depth > 1:
             return
+        if self._forwards == 0:
+            self._follow_device()
         self._forwards += 1
         self._was_on = self.mode.on_stack()
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
@@ -354,7 +394,7 @@ class Recorder:
         self._before_forward(module, args, {})
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._here() and self._depth > 0:
+        if not torch.compiler.is_compiling() and self._here() and self._depth > 0 and not _transformed():
             self._guard(self._end_forward)
 
     def _end_forward(self) -> None:
@@ -467,6 +507,8 @@ class Recorder:
 
     def missing(self) -> list[tuple[str, str]]:
         """What could not be recorded so far, and why."""
+        if self._missing is not None:
+            return self._missing
         found = [m for site in self.sites for m in site.missing()]
         regions = [name or "the model" for r in self._roots for name in compiled_regions(r)]
         if regions and any(metric == "loss" for metric, _ in found):
@@ -489,11 +531,28 @@ class Recorder:
             self.mode.leave()
         with quiet():
             self._guard(self._finish)
+        self._guard(self._release)
 
     def _finish(self) -> None:
         if self._row or any(site.waiting() for site in self.sites):
             self._close_row()
         self._hand_on(wait=True)
+
+    def _release(self) -> None:
+        """Let go of the model: a handle or a mode of another thread that outlives the recording must not keep it."""
+        self._missing = self.missing()
+        self._roots, self.sites = [], []
+        self._on = {moment: [] for moment in self._on}
+        self.mode.before.clear()
+        self.mode.after.clear()
+
+    def orphaned(self) -> bool:
+        """True if its optimizers are gone and nobody else holds a module of the models: they cannot train any more."""
+        if not self._optimizers or any(o() is not None for o in self._optimizers):
+            return False
+        modules = [m for root in self._roots for m in root.modules()]
+        # a module that is left has one reference more than a fresh object here: its parent's, or ours to the root
+        return set(_references(modules)) == {_references([object()])[0] + 1}
 
     def forked(self) -> None:
         """In a forked child: record nothing, leave no mode behind."""
@@ -502,20 +561,33 @@ class Recorder:
             self.mode.leave()
 
 
-class _ModuleHook:
+def _transformed() -> bool:
+    """True where tensors stand for something else: under `torch.func`, and in `torch.jit.trace`, which keeps ours."""
+    return inside_functorch() or torch.jit.is_tracing()
+
+
+class _Stays:
     """A hook that stays behind when its module is copied or saved: in its place the copy gets one that does nothing.
 
     What stands there is of the standard library, so that a saved model loads where there is no monitor.
     """
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        self._call(module, *args)
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+# two functions, not one with a variable number of arguments, which Dynamo would compile twice
+class _Before(_Stays):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._recorder._before_forward(module, args, kwargs)
+
+
+class _After(_Stays):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._recorder._after_forward(module, args, kwargs, output)
 
 
 _IN_FORWARD = {"loss", "logit_norm", "loss_zero_frac"}
@@ -557,12 +629,19 @@ def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Tenso
 def _device(models: Sequence[nn.Module]) -> torch.device:
     for model in models:
         for p in model.parameters():
-            return p.device
+            if p.device.type != "meta":
+                return p.device
     return torch.device("cpu")
+
+
+def _references(held: Sequence[object]) -> list[int]:
+    return [sys.getrefcount(x) for x in held]
 
 
 def _called(module: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
     """Children that have a forward of their own, with their names; containers are looked into."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return  # it drops its fast path also when one of its children has hooks
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called(child, f"{prefix}{name}.")

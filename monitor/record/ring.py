@@ -96,6 +96,13 @@ class Ring:
             row[at : at + s.size] = old_row[s.offset : s.offset + s.size]
         return done
 
+    def move(self, device: torch.device) -> None:
+        """Go on with rows on another device. The caller has taken the block; the open row is carried over."""
+        open_row = self._rows[len(self.steps)].to(device)
+        self.device, self.on_cpu = device, device.type == "cpu"
+        self._begin_block()
+        self._rows[0].copy_(open_row)
+
     def view(self, reads: str) -> Tensor:
         """``(module, statistic)`` float32 view of the open row; writing to it records."""
         s = self._where[reads]

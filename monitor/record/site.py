@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 #: Steps at the beginning of a run at which everything is measured every step.
-START = 20
+START = 10
 
 
 class Site:

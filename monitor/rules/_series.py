@@ -46,6 +46,22 @@ def latest(block: Block, steps: Steps, modules: tuple[str, ...]) -> tuple[Array,
     return values, has
 
 
+def exactly(block: Block, steps: Steps, modules: tuple[str, ...]) -> tuple[Array, Mask]:
+    """The one column of ``block`` at just these steps and modules.
+
+    Args:
+        block: a block with one name, of any steps and modules.
+        steps: ``(step,)`` int64.
+        modules: names of the second axis wanted.
+
+    Returns:
+        Values (NaN where nothing was recorded) and where there are any, ``(step, module)``.
+    """
+    values, has = latest(block, steps, modules)
+    there = np.isin(steps, block.steps)
+    return np.where(there[:, None], values, np.nan), has & there[:, None]
+
+
 def rolling_max(values: Array, size: int) -> Array:
     """``max(values[i : i + size])`` for every ``i``, along the first axis: ``(step - size + 1, module)``."""
     done = 1

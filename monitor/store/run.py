@@ -599,11 +599,12 @@ def find_runs(path: str | os.PathLike[str]) -> list[Path]:
     for _ in range(_DEPTH + 1):
         below: list[Path] = []
         for folder in level:
-            if (folder / layout.RUN_JSON).is_file():
-                found.append(folder)
-                continue
-            with suppress(OSError), os.scandir(folder) as entries:
-                below += [folder / e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[:1] != "."]
+            with suppress(OSError):  # a folder that may not be read holds no run for us
+                if (folder / layout.RUN_JSON).is_file():
+                    found.append(folder)
+                    continue
+                with os.scandir(folder) as entries:
+                    below += [folder / e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[:1] != "."]
         level = below
     return sorted(sorted(found), key=_begun, reverse=True)
 

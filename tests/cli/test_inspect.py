@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from monitor.diagnosis.finding import Finding, Incident, Verdict
+from monitor.rule import load_rules
 from monitor.store.run import open_run
 from monitor.store.writer import RunWriter
 from monitor_cli import common, inspect_, render
@@ -70,7 +71,7 @@ class TestScreen:
         assert 100 < max(map(len, lines(wide))) <= 120
 
     def test_healthy(self, record: Record, shell: Shell) -> None:
-        result = shell("inspect", record("healthy", jump=False))
+        result = shell("inspect", record("healthy", jump=False), "--all")
         assert "● HEALTHY" in result.stdout
         assert "loss_zero_frac.frac was not recorded" in result.stdout
 
@@ -303,7 +304,7 @@ DOCUMENT = {
         }
     ],
     "findings": [FINDING],
-    "unjudged": {"softmax_collapse": "str", "softmax_collapse_approach": "str"},
+    "unjudged": {r.id: "str" for r in load_rules().values() if r.site in ("attention", "router", "logits")},
 }
 
 

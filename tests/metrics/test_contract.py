@@ -24,6 +24,7 @@ UNITS = {"1", "count", "fraction", "hash", "loss", "nats", "robust sigma", "s", 
 #: The passes and what they record: pass -> statistics.
 PASSES = {
     "loss": "value micro_steps",
+    "attention": "lse_max lse_lower found unread qk_bound q_norm k_norm n n_many sum_entropy sum_normalised sum_sink",
     "birthplace": "count",
     "input": "n sumsq max_abs nonfinite fingerprint",
     "logit_rows": "n classes u_nats sum_norm max_norm sum_cnorm max_cnorm sum_rowstd sumsq sum_z max_z min_z "
@@ -38,11 +39,16 @@ PASSES = {
     "loss_scale": "scale skipped",
     "clock": "step_seconds monitor_seconds",
     "logged": "value",
+    "router": "tokens rows experts assigned sum_entropy mean_entropy sumsq_lse max_z sumsq_load max_load load_entropy",
+    "router_load": "chosen assigned",
 }
 
 #: Every column, as it is written into runs. Renaming one breaks old runs.
 COLUMNS = {
     "activation_nonfinite": "count",
+    "attn_entropy": "entropy normalised rows",
+    "attn_logit_max": "lse_max found certified lower",
+    "attn_sink_mass": "mass rows",
     "clip": "coefficient",
     "distance_from_start": "distance stderr",
     "grad_norm": "norm max_abs nonfinite",
@@ -60,6 +66,10 @@ COLUMNS = {
     "loss_zero_frac": "frac rows",
     "param_norm": "norm",
     "pred_entropy": "entropy normalised top1_mass",
+    "router_balance": "cv max_violation effective entropy normalised mean_normalised z max_logit experts top_k "
+    "tokens rows",
+    "router_load": "load",
+    "qk_norm_bound": "bound alignment q_norm k_norm",
     "sc_headroom": "q05 q50",
     "softmax_collapse_frac": "frac any_frac rows",
     "spam_spike": "count ratio",

@@ -303,7 +303,58 @@ def eval_mode(watch: Watch) -> str:
     return digest.finish(model, opt)
 
 
+class _Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(12, 16), nn.Linear(16, 8, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Dropout(0.1)) for _ in range(8))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows, place = (chosen == e).nonzero(as_tuple=True)
+            out = out.index_add(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return self.head(out)
+
+
+def experts(watch: Watch) -> str:
+    """A mixture of experts that routes two of eight by top-k."""
+    seed()
+    return _loop(_Experts(), watch)
+
+
+class _Attentive(nn.Module):
+    """Fused attention, the same checkpointed, and `nn.MultiheadAttention`, with dropout in all three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.qkv, self.again = nn.Linear(12, 16), nn.Linear(16, 48), nn.Linear(16, 48)
+        self.multi = nn.MultiheadAttention(16, 4, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def _attend(self, x: Tensor, projection: nn.Linear, dropout: float) -> Tensor:
+        q, k, v = projection(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).unflatten(0, (4, 4))
+        x = x + self._attend(x, self.qkv, 0.0)
+        inner = checkpoint(self._attend, x, self.again, 0.1, use_reentrant=False)
+        x = x + inner  # pyright: ignore[reportOperatorIssue]
+        x = x + self.multi(x, x, x, need_weights=False)[0]
+        return self.head(x.flatten(0, 1))
+
+
+def attention(watch: Watch) -> str:
+    """Attention of every kind."""
+    seed()
+    return _loop(_Attentive(), watch)
+
+
 ALL: tuple[Callable[[Watch], str], ...] = (
     plain, clipping, in_place, accumulation, scaler, autocast, checkpointing, checkpointing_reentrant, lbfgs,
-    two_optimizers, padded_encoder, workers, eval_mode,
+    two_optimizers, padded_encoder, workers, eval_mode, experts, attention,
 )  # fmt: skip

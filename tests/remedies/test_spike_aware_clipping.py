@@ -60,7 +60,7 @@ def test_what_is_not_spiked_keeps_its_bits(dtype: torch.dtype) -> None:
 def noisy_quadratic(spam: bool, start: float) -> float:
     """½·‖x‖²/1000 after the experiment S-1 of the spec, begun with every x at ``start``."""
     g = torch.Generator().manual_seed(0)
-    p, optimizer = adam(torch.full((1000,), start), betas=(0.9, 0.999))  # pyright: ignore[reportArgumentType]
+    p, optimizer = adam(torch.full((1000,), float(start)), betas=(0.9, 0.999))  # pyright: ignore[reportArgumentType]
     if spam:
         SpikeAwareClipping(optimizer, reset_every=0)
     for step in range(3000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,21 @@ from monitor.record.site import Site
 _SMALL = 1 << 12
 #: Steps between measurements.
 EVERY = 10
+
+
+@dataclass
+class _Copy:
+    """A parameter as it was after the update of ``step``, and the sample of where it began."""
+
+    of: weakref.ref[Tensor]
+    before: Tensor
+    start: Tensor
+    step: int
+
+    def fits(self, p: Tensor) -> bool:
+        """True if ``p`` can be compared with it: the same parameter, not moved, converted or resized since."""
+        now, then = _local(p), self.before
+        return self.of() is p and (then.shape, then.dtype, then.device) == (now.shape, now.dtype, now.device)
 
 
 @dataclass
@@ -37,21 +53,20 @@ class ParameterSite(Site):
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._groups: dict[int, tuple[tuple[int, ...], list[_Group]]] = {}
+        self._copies: dict[int, _Copy] = {}
+        self._groups: dict[int, tuple[object, list[_Group]]] = {}
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first step there is nothing to compare with: take the copies."""
         if not self._copies:
             for p in module.parameters():
                 if p.requires_grad:
-                    self._copy(p)
+                    self._copy(p, self.rec.step - 1)
 
-    def _copy(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def _copy(self, p: Tensor, step: int) -> None:
         now = _local(p)
-        held = now.detach().clone(memory_format=torch.contiguous_format), distance.sample(now).clone()
-        self._copies[id(p)] = held
-        return held
+        before = now.detach().clone(memory_format=torch.contiguous_format)
+        self._copies[id(p)] = _Copy(weakref.ref(p), before, distance.sample(now).clone(), step)
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Record norm and change of this optimizer's parameters, and copy them if the next step is to be measured."""
@@ -82,33 +97,31 @@ class ParameterSite(Site):
     def _plan(self, optimizer: Optimizer) -> list[_Group]:
         """Parameters in groups, made anew when the set of trained parameters changes."""
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        signature = tuple(map(id, trained))
+        signature = [(id(p), p.device, p.dtype, p.shape) for p in trained]  # moved, converted and resized ones too
         held = self._groups.get(id(optimizer))
         if held is not None and held[0] == signature:
             return held[1]
-        floating = [p for p in trained if p.is_floating_point()]
-        # a parameter first seen after its update has nothing to be compared with yet
-        known = [p for p in floating if id(p) in self._copies and self._copies[id(p)][0].shape == _local(p).shape]
-        for p in floating:
-            if all(p is not q for q in known):
-                self._copy(p)
-        small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in known:
-            if p.numel() <= _SMALL:
-                small.setdefault((p.device, p.dtype), []).append(p)
-        alone = [[p] for p in known if p.numel() > _SMALL]
-        groups = [
-            _Group(
-                [self.rec.parameter(p) for p in params],
-                params,
-                [self._copies[id(p)][0] for p in params],
-                [self._copies[id(p)][1] for p in params],
-                self.rec.step - 1,
-            )
-            for params in (*small.values(), *alone)
-        ]
-        if len(known) == len(floating):
-            self._groups[id(optimizer)] = (signature, groups)
+        for group in held[1] if held is not None else ():
+            for p in group.params:
+                self._copies[id(p)].step = group.copied
+        self._copies = {key: c for key, c in self._copies.items() if c.of() is not None}
+        together: dict[tuple[object, ...], list[Tensor]] = {}
+        for p in trained:
+            if not p.is_floating_point():
+                continue
+            copy = self._copies.get(id(p))
+            if copy is None or not copy.fits(p):
+                # first seen after its update: there is nothing to compare with yet
+                self._copy(p, self.rec.step)
+                copy = self._copies[id(p)]
+            small = p.numel() <= _SMALL
+            together.setdefault((p.device, p.dtype, copy.step, None if small else id(p)), []).append(p)
+        groups = []
+        for params in together.values():
+            copies = [self._copies[id(p)] for p in params]
+            names = [self.rec.parameter(p) for p in params]
+            groups.append(_Group(names, params, [c.before for c in copies], [c.start for c in copies], copies[0].step))
+        self._groups[id(optimizer)] = (signature, groups)
         return groups
 
 

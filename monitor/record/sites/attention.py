@@ -1,0 +1,312 @@
+"""Attention: every training call of torch's fused attention, also inside `torch.nn.MultiheadAttention`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from monitor.record.mode import Watcher
+from monitor.record.passes import attention
+from monitor.record.private import saved, saved_tensor_hooks_active
+from monitor.record.site import Site
+
+#: Steps between two looks at what needs rows of logits.
+EVERY = 10
+#: About as many rows of a call are sampled, evenly spaced from a random start.
+ROWS = 16
+_HOPS, _NODES = 12, 256
+
+
+@dataclass
+class _Call:
+    """One call of attention: what was read, and whether the bound alone, all, or all but the bound."""
+
+    module: str
+    heads: int
+    at: slice
+    values: Any
+
+
+class AttentionSite(Site):
+    """Statistics per head of every attention whose result can be trained on, addressed ``module[head]``.
+
+    The bound of the largest logit comes every step from the log-sum-exp that the fused kernel has saved for backward;
+    everything else every `EVERY` steps from rows. Where no log-sum-exp can be read (dropout on a CPU, a saved-tensor
+    hook such as that of activation checkpointing), rows are all there is.
+    """
+
+    name = "attention"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._pending: list[_Call] = []
+        self._held: dict[str, _Call] = {}
+        self._epoch = -1
+        self._calls: dict[str, int] = {}
+        self._places: dict[str, str] = {}
+        self._addresses: dict[tuple[str, int], tuple[str, ...]] = {}
+        self._seen = False
+        self._why = ""
+
+    def after(self) -> dict[Any, Watcher]:
+        """Watch the fused attention, and the function that hides it inside `torch.nn.MultiheadAttention`."""
+        return {F.scaled_dot_product_attention: self._fused, F.multi_head_attention_forward: self._multi_head}
+
+    # ---- what is seen
+
+    def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        q, k, v = (_argument(args, kwargs, i, n) for i, n in enumerate(("query", "key", "value")))
+        if not self._trained(result) or not isinstance(q, Tensor) or not isinstance(k, Tensor):
+            return
+        mask = _argument(args, kwargs, 3, "attn_mask")
+        causal = bool(_argument(args, kwargs, 5, "is_causal"))
+        name = self._place([x.grad_fn if isinstance(x, Tensor) else None for x in (q, k, v)])
+        node = _first((result.grad_fn,), "ScaledDotProduct", hops=3)
+        self._read(name, q, k, _log_sum_exp(node), causal, mask, kwargs.get("scale"))
+
+    def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        out = result[0] if isinstance(result, tuple) else result
+        if not self._trained(out):
+            return
+        if saved_tensor_hooks_active():
+            self._why = "inside nn.MultiheadAttention under activation checkpointing it cannot be read without running"
+            return
+        owner = _argument(args, kwargs, 11, "out_proj_weight")
+        name = _above(self._known(owner), 2) if isinstance(owner, Tensor) else None
+        heads = int(_argument(args, kwargs, 4, "num_heads"))
+        node = _first((out.grad_fn,), "ScaledDotProduct", "Softmax", "SafeSoftmax")
+        if node is None:
+            return
+        if type(node).__name__.startswith("ScaledDotProduct"):
+            q, k = saved(node, "query"), saved(node, "key")
+            causal = bool(getattr(node, "_saved_is_causal", False))
+            if q is not None and k is not None:
+                mask = saved(node, "attn_mask") if hasattr(node, "_saved_attn_mask") else None
+                self._read(name, q, k, _log_sum_exp(node), causal, mask, getattr(node, "_saved_scale", None))
+            return
+        product = _first(tuple(n for n, _ in node.next_functions), "Bmm", "Baddbmm")
+        names = ("batch1", "batch2") if type(product).__name__.startswith("Baddbmm") else ("self", "mat2")
+        q, k = (saved(product, n) for n in names)  # already scaled
+        if q is None or k is None or q.dim() != 3:
+            return
+        q, k = q.unflatten(0, (-1, heads)), k.transpose(1, 2).unflatten(0, (-1, heads))
+        mask = _multi_head_mask(args, kwargs, q, k) if self.due(EVERY) else None
+        self._read(name, q, k, None, False, mask, 1.0)
+
+    def _trained(self, result: Any) -> bool:
+        if not isinstance(result, Tensor) or not self.rec.training:
+            return False
+        if not result.requires_grad:
+            self._why = "nothing before it is trained, or it is under reentrant activation checkpointing"
+        return result.requires_grad
+
+    def _read(
+        self,
+        name: str | None,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor | None,
+        causal: bool,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        if q.is_nested or q.dim() not in (3, 4) or q.dim() != k.dim() or q.numel() == 0 or k.numel() == 0:
+            self._why = f"its query has the shape {'of a nested tensor' if q.is_nested else tuple(q.shape)}"
+            return
+        batch, heads, queries = (q.shape[0], 1, q.shape[1]) if q.dim() == 3 else q.shape[:3]
+        module = self._numbered(name)
+        if lse is not None:
+            # some kernels pad the rows; (batch, query, d) is one head
+            lse = (lse.unsqueeze(1) if lse.dim() == 2 else lse)[..., :queries]
+            lse = lse if lse.shape == (batch, heads, queries) else None
+        if self.due(EVERY):
+            q, k, mask = q.detach(), k.detach(), None if mask is None else mask.detach()
+            if q.dim() == 3:
+                q, k = q.unsqueeze(1), k.unsqueeze(1)
+                mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+            count = batch * queries
+            stride = max(1, count // ROWS) | 1  # odd: over a length that is a power of two every position is met
+            at = range(self.rec.random.randrange(min(stride, count)), count, stride)
+            k = k.expand(batch, -1, -1, -1)
+            values = attention.attention_rows(q, k, at, scale=scale, causal=causal, mask=mask, lse=lse)
+            here = slice(0, None) if lse is not None else slice(1, None)
+            self._pending.append(_Call(module, heads, here, values))
+        elif lse is not None:
+            self._pending.append(_Call(module, heads, _BOUND, attention.lse_max(lse)[:, None]))
+
+    # ---- where it is
+
+    def _known(self, p: Tensor) -> str:
+        name = self.rec.parameter(p)
+        return "" if name.startswith("parameter[") else name
+
+    def _numbered(self, name: str | None) -> str:
+        """The module's name; a module that calls several times in a forward gets numbers from its second call on."""
+        if name is None:
+            number = self._calls[""] = self._calls.get("", 0) + 1
+            return f"attention:{number}"
+        name = name or "attention"
+        number = self._calls[name] = self._calls.get(name, 0) + 1
+        return name if number == 1 else f"{name}:{number}"
+
+    def _place(self, nodes: Sequence[Any]) -> str | None:
+        """The module that calls, from the parameters that query, key and value were made with; None if there are none.
+
+        Query, key and value projections share it; of three pairs the closest relatives are believed, since in front of
+        a frozen projection the next parameter is one of another layer.
+        """
+        first = self._nearest(nodes[0])
+        place = self._places.get(first) if first else None
+        if place is None:
+            known = [name for name in (first, *map(self._nearest, nodes[1:])) if name]
+            if not known:
+                return None
+            pairs = [(a, b) for i, a in enumerate(known) for b in known[i + 1 :]] or [(known[0], known[0])]
+            place = max((_common(a, b) for a, b in pairs), key=lambda p: p.count(".") + bool(p))
+            self._places[first] = place
+        return place
+
+    def _nearest(self, node: Any) -> str:
+        """Name of the parameter nearest to ``node`` in its graph; empty if none is near."""
+        for n in _below((node,), _NODES):
+            variable = getattr(n, "variable", None)
+            if variable is not None and (name := self._known(variable)):
+                return name
+        return ""
+
+    # ---- rows
+
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the calls of each module anew."""
+        self._calls.clear()
+
+    def on_backward(self) -> None:
+        """Keep what was seen since the last backward: it is being trained on."""
+        if self._epoch != self.rec.epoch:
+            self._held.clear()
+            self._epoch = self.rec.epoch
+        for call in self._pending:
+            before = self._held.get(call.module)
+            if before is not None and (before.at, before.heads) == (call.at, call.heads):
+                join = attention.merge if call.at != _BOUND else _larger
+                call.values = join(before.values, call.values)
+            self._held[call.module] = call
+        self._pending.clear()
+        self._calls.clear()
+
+    def on_row(self) -> None:
+        """Write what was trained on; forget the rest."""
+        for at in (_BOUND, slice(0, None), slice(1, None)):
+            calls = [c for c in self._held.values() if c.at == at]
+            if calls:
+                self._seen = True
+                modules = [a for c in calls for a in self._address(c)]
+                values = [c.values[:, at] if c.at != _BOUND else c.values for c in calls]
+                join: Any = torch.cat if isinstance(values[0], Tensor) else attention.np.concatenate
+                self.rec.emit_many("attention", attention.STATS, modules, join(values), at)
+        self._held.clear()
+        self._pending.clear()
+        self._calls.clear()
+
+    def _address(self, call: _Call) -> tuple[str, ...]:
+        key = (call.module, call.heads)
+        if key not in self._addresses:
+            self._addresses[key] = tuple(f"{call.module}[{h}]" for h in range(call.heads))
+        return self._addresses[key]
+
+    def missing(self) -> Sequence[tuple[str, str]]:
+        """Attention, if a call of it was seen that could not be read; a model without any lacks nothing."""
+        return (("attn_logit_max", f"attention was seen, but {self._why}"),) if self._why and not self._seen else ()
+
+
+_BOUND = slice(0, 1)
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return torch.maximum(a, b) if isinstance(a, Tensor) else attention.np.maximum(a, b)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], at: int, name: str) -> Any:
+    return args[at] if len(args) > at else kwargs.get(name)
+
+
+def _log_sum_exp(node: Any) -> Tensor | None:
+    """What a fused attention node has saved, under the name its kernel gives it."""
+    if node is None:
+        return None
+    found = saved(node, "logsumexp")
+    return found if found is not None else saved(node, "log_sumexp")
+
+
+def _below(nodes: tuple[Any, ...], most: int) -> Iterable[Any]:
+    """Up to ``most`` nodes of the graph, nearest first; of a linear layer the weight before the input."""
+    todo, seen = deque(n for n in nodes if n is not None), set()
+    while todo and len(seen) < most:
+        node = todo.popleft()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo.extend(n for n, _ in reversed(node.next_functions) if n is not None)
+
+
+def _first(nodes: tuple[Any, ...], *kinds: str, hops: int = _HOPS) -> Any:
+    """The nearest node, at most ``hops`` away, whose kind begins with one of ``kinds``."""
+    layer, seen = [n for n in nodes if n is not None], set()
+    for _ in range(hops):
+        for node in layer:
+            if type(node).__name__.startswith(kinds):
+                return node
+        seen.update(layer)
+        layer = [n for node in layer for n, _ in node.next_functions if n is not None and n not in seen]
+    return None
+
+
+def _above(name: str, levels: int) -> str | None:
+    """The module so many levels above a parameter's name; None without a name."""
+    return ".".join(name.split(".")[:-levels]) if name else None
+
+
+def _common(a: str, b: str) -> str:
+    """The innermost module that holds both parameters and is no projection."""
+    if a.rpartition(".")[0] == b.rpartition(".")[0]:
+        # a projection's own parameters are called so; an attention that holds its weights itself names them otherwise
+        own = a.rpartition(".")[2] in ("weight", "bias") and b.rpartition(".")[2] in ("weight", "bias")
+        return _above(a, 2 if own else 1) or ""
+    shared = []
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        shared.append(x)
+    return ".".join(shared)
+
+
+def _multi_head_mask(args: tuple[Any, ...], kwargs: dict[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask of a call of `multi_head_attention_forward`, added to ``(batch, head, query, key)``."""
+    padding = _argument(args, kwargs, 14, "key_padding_mask")
+    mask = _argument(args, kwargs, 16, "attn_mask")
+    total = None
+    if isinstance(mask, Tensor):
+        total = _added(mask)
+        total = total.unflatten(0, (-1, q.shape[1])) if total.dim() == 3 else total
+    if isinstance(padding, Tensor):
+        padding = _added(padding)[..., None, None, :]
+        total = padding if total is None else total + padding
+    if total is not None and total.shape[-1] < k.shape[2]:  # bias_k and add_zero_attn add keys that all see
+        total = F.pad(total, (0, k.shape[2] - total.shape[-1]))
+    return total
+
+
+def _added(mask: Tensor) -> Tensor:
+    """A mask with True, or a number to add, for keys that are not seen, as numbers to add."""
+    mask = mask.detach()
+    return (
+        torch.zeros(mask.shape, device=mask.device).masked_fill_(mask, float("-inf"))
+        if mask.dtype == torch.bool
+        else mask
+    )

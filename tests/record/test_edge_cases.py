@@ -1,0 +1,469 @@
+"""What a realistic user does to a model that is being recorded, and what he records that is not the textbook case."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+import monitor
+from monitor.errors import MonitorWarning
+from tests.record import trainings
+
+
+def mlp(features: int = 12, classes: int = 5) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Linear(16, classes))
+
+
+def train(
+    model: nn.Module,
+    steps: int = 25,
+    inputs: Callable[[], Tensor] = lambda: torch.randn(8, 12),
+    loss: Callable[[Tensor], Tensor] = lambda z: F.cross_entropy(z, torch.randint(0, 5, (8,))),
+    optimizer: torch.optim.Optimizer | None = None,
+) -> torch.optim.Optimizer:
+    optimizer = optimizer or torch.optim.AdamW(model.parameters())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model(inputs())).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Any:
+    """A site that breaks warns; here that is a failure."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MonitorWarning)
+        yield
+
+
+def clean(run_dir: Path, steps: int) -> monitor.Run:
+    """The run, in which nothing went wrong."""
+    run = monitor.open(run_dir)
+    assert run.steps == steps
+    assert not run.warnings
+    return run
+
+
+def absent(run: monitor.Run) -> dict[str, str]:
+    return {a["what"]: a["why"] for a in json.loads((run.path / "run.json").read_text())["absent"]}
+
+
+# ---- what is done to the model
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: torch.optim.swa_utils.AveragedModel(m).module,
+        lambda m: torch.load(_saved(m), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "averaged", "save"],
+)
+def test_a_recorded_model_can_be_copied_and_saved(copied: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    """Oracle: invariance. The copy computes the same, is not recorded, and the recording goes on."""
+    model = mlp()
+    with monitor.attach(model, tmp_path / "run"):
+        train(model, 3)
+        other = copied(model)
+        x = torch.randn(8, 12)
+        assert torch.equal(other(x), model(x))
+        train(other, 3)
+        train(model, 3)
+    clean(tmp_path / "run", 6)
+
+
+def _saved(model: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"monitor" not in file.getvalue()  # so that it loads where there is none
+    file.seek(0)
+    return file
+
+
+def test_made_on_no_device_and_filled_later(tmp_path: Path) -> None:
+    """Oracle: definition. Attached on the meta device, a model is recorded once its parameters are real."""
+    with torch.device("meta"):
+        model = mlp()
+    with monitor.attach(model, tmp_path / "run"):
+        model.to_empty(device="cpu")
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.1)
+        train(model)
+    assert len(clean(tmp_path / "run", 25).series("grad_norm.norm", "0.weight")[0]) == 25
+
+
+@pytest.mark.parametrize("change", ["double", "bfloat16", "resize"])
+def test_parameters_converted_or_resized_midway(change: str, tmp_path: Path) -> None:
+    """Oracle: definition. The recording goes on; what cannot be compared with the step before is left out."""
+    model = mlp()
+    with monitor.attach(model, tmp_path / "run"):
+        train(model)
+        if change == "resize":
+            model[2].weight.data, model[2].bias.data = torch.randn(7, 16), torch.randn(7)
+        else:
+            getattr(model, change)()
+        dtype = next(model.parameters()).dtype
+        train(model, inputs=lambda: torch.randn(8, 12).to(dtype))
+    clean(tmp_path / "run", 50)
+
+
+def test_a_new_head_keeps_its_name_and_a_new_optimizer_the_series(tmp_path: Path) -> None:
+    """Oracle: definition. Parameters are called what the model calls them; the loss of a run is one series."""
+    model = mlp()
+    with monitor.attach(model, tmp_path / "run"):
+        train(model)
+        model[2] = nn.Linear(16, 5)
+        gc.collect()
+        train(model)
+    run = clean(tmp_path / "run", 50)
+    assert set(run.frame("grad_norm")["module"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert len(run.series("loss.value", "")[0]) == 50
+
+
+def test_a_group_added_midway_is_not_compared_with_an_old_copy(tmp_path: Path) -> None:
+    """Oracle: definition, with a copy made before each step. Every recorded update is that of one step."""
+    model = mlp()
+    opt = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    true: dict[tuple[int, str], float] = {}
+    with monitor.attach(model, tmp_path / "run"):
+        for i in range(45):
+            if i == 25:
+                opt.add_param_group({"params": list(model[0].parameters())})
+            if i == 33:
+                model[0].weight.requires_grad_(False)
+            opt.zero_grad()
+            F.cross_entropy(model(torch.randn(8, 12)), torch.randint(0, 5, (8,))).backward()
+            before = {n: p.detach().clone() for n, p in model.named_parameters()}
+            opt.step()
+            true |= {(i, n): (p.detach() - before[n]).norm().item() for n, p in model.named_parameters()}
+    frame = clean(tmp_path / "run", 45).frame("update_ratio")
+    assert {"0.bias", "2.weight"} <= set(frame["module"])
+    for step, module, norm in zip(frame["step"], frame["module"], frame["update_norm"], strict=True):
+        assert norm == pytest.approx(true[step, module], rel=1e-4, abs=1e-9)
+
+
+def test_an_encoder_layer_as_root_keeps_its_fast_path(tmp_path: Path) -> None:
+    """Oracle: invariance. `nn.TransformerEncoderLayer` evaluates to the same bits while it is recorded."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    x, mask = torch.randn(4, 6, 16), torch.tensor([[False] * 4 + [True] * 2] * 4)
+
+    def evaluated() -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            out = model(x, src_key_padding_mask=mask)
+        model.train()
+        return out
+
+    with monitor.attach(model, tmp_path / "run"):
+        train(model, 6, lambda: torch.randn(4, 6, 16), lambda z: z.square().mean())
+        recorded = evaluated()
+    assert torch.equal(recorded, evaluated())
+
+
+def test_a_closed_recording_lets_go_of_the_model(tmp_path: Path) -> None:
+    """Oracle: invariance. A handle that is kept after `close` keeps nothing of the model alive."""
+    model = mlp()
+    handle = monitor.attach(model, tmp_path / "run")
+    train(model, 5)
+    handle.close()
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert handle.path
+
+
+def test_a_search_over_models_keeps_only_the_last(tmp_path: Path) -> None:
+    """Oracle: definition. Attached in a function and dropped, a model is freed when the next one is attached."""
+    alive: list[weakref.ref[nn.Module]] = []
+
+    def trial(i: int) -> None:
+        model = mlp()
+        monitor.attach(model, tmp_path / f"run{i}")
+        train(model, 5)
+        alive.append(weakref.ref(model))
+
+    for i in range(4):
+        trial(i)
+    gc.collect()
+    assert [r() is None for r in alive] == [True, True, True, False]
+    monitor.attach(mlp(), tmp_path / "last").close()
+    assert [monitor.open(tmp_path / f"run{i}").status for i in range(4)] == ["finished"] * 4
+
+
+def test_parts_in_a_container_made_for_attach_are_recorded_on(tmp_path: Path) -> None:
+    """Oracle: definition. Nobody holds the container, but its parts: that recording is not taken for left behind."""
+    one, two = mlp(6, 12), mlp(12, 5)
+    handle = monitor.attach(nn.ModuleList([one, two]), tmp_path / "run")
+    both = nn.Sequential(one, two)
+    train(both, 5, lambda: torch.randn(8, 6))
+    del both
+    gc.collect()
+    monitor.attach(mlp(), tmp_path / "other").close()
+    assert handle.recording
+    handle.close()
+
+
+# ---- what transforms it
+
+
+def test_torch_func_is_not_disturbed(tmp_path: Path) -> None:
+    """Oracle: invariance. Per-sample gradients beside the training are the same, and the recording goes on."""
+    model = mlp()
+    x, y = torch.randn(8, 12), torch.randint(0, 5, (8,))
+
+    def per_sample() -> dict[str, Tensor]:
+        def loss(params: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(model, params, (a[None],)), b[None])
+
+        params = {n: p.detach() for n, p in model.named_parameters()}
+        return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, x, y)
+
+    control = per_sample()
+    with monitor.attach(model, tmp_path / "run"):
+        found = per_sample()
+        train(model, 5)
+        per_sample()
+        train(model, 5)
+    assert all(torch.equal(found[n], control[n]) for n in control)
+    clean(tmp_path / "run", 10)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_model_holds_none_of_our_operations(tmp_path: Path) -> None:
+    """Oracle: invariance. `torch.jit.trace` gives the graph of the model alone."""
+    model = mlp()
+    x = torch.randn(8, 12)
+
+    def nodes() -> int:
+        traced: Any = torch.jit.trace(model, x)
+        return len(list(traced.inlined_graph.nodes()))
+
+    control = nodes()
+    with monitor.attach(model, tmp_path / "run"):
+        train(model, 3)
+        assert nodes() == control
+        train(model, 3)
+    clean(tmp_path / "run", 6)
+
+
+# ---- what is recorded
+
+
+class Odd(nn.Module):
+    """A model with a parameter of no elements and one of no dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.none, self.scale = mlp(), nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Use all of them."""
+        return self.body(x) * self.scale + self.none.sum()
+
+
+def test_empty_and_scalar_parameters(tmp_path: Path) -> None:
+    """Oracle: definition. An empty tensor has nothing to record and stops nothing."""
+    model = Odd()
+    with monitor.attach(model, tmp_path / "run"):
+        train(model)
+    assert "none" not in set(clean(tmp_path / "run", 25).frame("grad_norm")["module"])
+
+
+def test_float64_is_recorded_like_float32(tmp_path: Path) -> None:
+    """Oracle: definition. Gradient norm, input rms and update of a float64 model against float64 computed here."""
+    model = mlp().double()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 12, dtype=torch.float64)
+    with monitor.attach(model, tmp_path / "run"):
+        F.cross_entropy(model(x), torch.randint(0, 5, (8,))).backward()
+        opt.step()
+    run = clean(tmp_path / "run", 1)
+    grad = next(model.parameters()).grad
+    assert grad is not None
+    norm = grad.norm().item()
+    assert run.series("grad_norm.norm", "0.weight")[1] == pytest.approx([norm], rel=1e-6)
+    assert run.series("update_ratio.update_norm", "0.weight")[1] == pytest.approx([0.1 * norm], rel=1e-6)
+    assert run.series("input_rms.rms", "input[0]")[1] == pytest.approx([x.square().mean().sqrt().item()], rel=1e-6)
+
+
+def test_mixed_dtypes_in_one_optimizer(tmp_path: Path) -> None:
+    """Oracle: definition. Small parameters of several dtypes in one group are each recorded."""
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 5).double())
+    with monitor.attach(model, tmp_path / "run"):
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            opt.zero_grad()
+            F.cross_entropy(model[1](model[0](torch.randn(8, 12)).double()), torch.randint(0, 5, (8,))).backward()
+            opt.step()
+    run = clean(tmp_path / "run", 3)
+    assert set(run.frame("update_ratio")["module"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_sparse_gradients_have_a_norm_and_no_spikes(tmp_path: Path) -> None:
+    """Oracle: definition. What cannot be compared is declared absent, and the rest of the site goes on."""
+    model = nn.EmbeddingBag(100, 5, sparse=True)
+    with monitor.attach(model, tmp_path / "run"):
+        opt = torch.optim.SparseAdam(model.parameters())
+        train(model, 30, lambda: torch.randint(0, 100, (8, 4)), optimizer=opt)
+    run = clean(tmp_path / "run", 30)
+    assert len(run.series("grad_norm.norm", "weight")[0]) == 30
+    assert "spam_spike" in absent(run)
+
+
+def test_complex_parameters_are_declared_absent(tmp_path: Path) -> None:
+    """Oracle: definition. What is not read is said."""
+
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12, 5, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.to(torch.complex64) @ self.w).abs()
+
+    model = Complex()
+    with monitor.attach(model, tmp_path / "run"):
+        train(model)
+    assert absent(clean(tmp_path / "run", 25))["grad_norm"] == "complex gradients are not read"
+
+
+def test_one_class_is_no_collapse(tmp_path: Path) -> None:
+    """Oracle: definition. Over one class the loss is 0 whatever the model does; that is no softmax collapse."""
+    model = mlp(classes=1)
+    with monitor.attach(model, tmp_path / "run"):
+        train(model, 40, loss=lambda z: F.cross_entropy(z, torch.zeros(8, dtype=torch.long)))
+    assert not clean(tmp_path / "run", 40).findings()
+
+
+# ---- where it runs
+
+
+@pytest.mark.parametrize("how", ["-OO", "stderr closed"])
+def test_a_bare_interpreter(how: str, tmp_path: Path) -> None:
+    """Oracle: invariance. Without docstrings, or without standard error, the script ends as it would have."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, torch, monitor\n"
+        "torch.set_num_threads(1)\n"
+        "m = torch.nn.Linear(4, 4)\n"
+        "opt = torch.optim.SGD(m.parameters(), lr=0.1)\n"
+        "monitor.attach(m, sys.argv[1])\n"
+        "for _ in range(5):\n"
+        "    opt.zero_grad(); m(torch.randn(2, 4)).sum().backward(); opt.step()\n"
+    )
+    flags = ["-OO"] if how == "-OO" else []
+    before = (lambda: os.close(2)) if how == "stderr closed" else None
+    done = subprocess.run(
+        [sys.executable, *flags, str(script), str(tmp_path / "run")],
+        preexec_fn=before, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert monitor.open(tmp_path / "run").steps == 5
+
+
+def test_an_error_at_attach_is_no_reason_not_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: planted fault. Whatever fails while the recording is set up, the model trains unrecorded."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("monitor.record.recorder.Ring", broken)
+    model = mlp()
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        handle = monitor.attach(model, tmp_path / "run")
+    assert "planted" in said.getvalue()
+    assert not handle.recording
+    train(model, 3)
+
+
+@pytest.mark.parametrize("training", [trainings.plain])
+def test_a_model_copied_while_recorded_trains_to_the_same_bits(
+    training: Callable[[Callable[[nn.Module], object]], str], tmp_path: Path
+) -> None:
+    """Oracle: invariance, bitwise. Copying and pickling a recorded model in the middle changes nothing."""
+    control = training(lambda _: None)
+
+    def watch(model: nn.Module) -> None:
+        monitor.attach(model, tmp_path / "run")
+        copy.deepcopy(model)
+        pickle.dumps(model)
+
+    assert training(watch) == control
+
+
+@pytest.mark.parametrize("where", ["forward", "whole loop", "default", "both"])
+def test_a_device_context_ends_where_it_did(where: str, tmp_path: Path) -> None:
+    """Oracle: invariance. After ``with torch.device`` and `torch.set_default_device` no mode is left on the stack."""
+    model = mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    inside = torch.device("cpu") if where in ("forward", "both") else contextlib.nullcontext()
+    around = torch.device("cpu") if where == "whole loop" else contextlib.nullcontext()
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(3):
+            opt.zero_grad()
+            if where in ("default", "both"):
+                torch.set_default_device("cpu")
+            with around:
+                with inside:
+                    out = model(torch.randn(8, 12))
+                F.cross_entropy(out, torch.randint(0, 5, (8,))).backward()
+                if where in ("default", "both"):
+                    torch.set_default_device(None)
+                opt.step()
+            assert not _get_current_function_mode_stack()
+    assert len(clean(tmp_path / "run", 3).series("loss.value")[0]) == 3
+
+
+def test_a_mode_entered_for_one_call_sees_what_it_saw(tmp_path: Path) -> None:
+    """Oracle: invariance. A user's mode round the forward, backward or step counts the same calls."""
+
+    class Counting(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            """Count."""
+            type(self).calls += 1
+            return func(*args, **(kwargs or {}))
+
+    def count(watch: Callable[[nn.Module], object]) -> int:
+        Counting.calls = 0
+        model = mlp()
+        opt = torch.optim.Adam(model.parameters())
+        watch(model)
+        for _ in range(12):
+            opt.zero_grad()
+            with Counting():
+                out = model(torch.randn(8, 12))
+            loss = F.cross_entropy(out, torch.randint(0, 5, (8,)))
+            with Counting():
+                loss.backward()
+            with Counting():
+                opt.step()
+        return Counting.calls
+
+    control = count(lambda _: None)
+    assert count(lambda m: monitor.attach(m, tmp_path / "run")) == control

@@ -1,0 +1,307 @@
+"""Routers: found by what they do, read right, joined over micro-batches, and left alone."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import monitor
+from monitor.record.passes.router import HEAD, LOAD_STATS, STATS, balance, joined, on_device, router_sums
+from monitor.record.site import START
+from tests.record import trainings
+
+
+def numbers(sums: Tensor | np.ndarray) -> tuple[dict[str, float], list[list[float]]]:
+    values, loads = balance(sums)
+    return dict(zip(STATS, values.tolist(), strict=True)), loads.tolist()
+
+
+def test_two_experts_with_everything() -> None:
+    """Oracle: closed form. f = (½, ½, 0, …): Σ f² = ½, H(f) = ln 2; zero scores: entropy ln 8, lse² = (ln 8)²."""
+    chosen = torch.arange(64).remainder(2).view(64, 1)
+    found, loads = numbers(router_sums(chosen, 8, torch.zeros(64, 8)))
+    assert found == pytest.approx(
+        {
+            "tokens": 64, "rows": 64, "experts": 8, "assigned": 64, "sum_entropy": 64 * math.log(8),
+            "mean_entropy": math.log(8), "sumsq_lse": 64 * 4.324077, "max_z": 0, "sumsq_load": 0.5, "max_load": 0.5,
+            "load_entropy": math.log(2),
+        }
+    )  # fmt: skip
+    assert loads == [[32, 64], [32, 64], *([[0, 64]] * 6)]
+    assert len(LOAD_STATS) == 2
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 300.0])
+def test_against_float64(scale: float) -> None:
+    """Oracle: dense float64 reference, by torch's own softmax, log-sum-exp and one-hot counts; one score is masked."""
+    g = torch.Generator().manual_seed(0)
+    z = scale * torch.randn(200, 12, generator=g, dtype=torch.float64)
+    z[3, 4] = -math.inf
+    chosen = z.topk(3).indices
+    found, loads = numbers(router_sums(chosen, 12, z.float()))
+    p = z.softmax(1)
+    f = F.one_hot(chosen, 12).sum((0, 1)).double() / 600
+    entropy = torch.special.entr
+    assert found == pytest.approx(
+        {
+            "tokens": 200, "rows": 200, "experts": 12, "assigned": 600, "sum_entropy": entropy(p).sum().item(),
+            "mean_entropy": entropy(p.mean(0)).sum().item(), "sumsq_lse": z.logsumexp(1).square().sum().item(),
+            "max_z": z.max().item(), "sumsq_load": f.square().sum().item(), "max_load": f.max().item(),
+            "load_entropy": entropy(f).sum().item(),
+        }, rel=1e-5,
+    )  # fmt: skip
+    assert [n for n, _ in loads] == (600 * f).round().tolist()
+
+
+def test_micro_batches_join_to_the_whole() -> None:
+    """Oracle: invariance. Two parts joined are one batch, also where the parts are balanced and the whole is not."""
+    z = torch.randn(90, 6, generator=torch.Generator().manual_seed(1))
+    chosen = z.topk(2).indices
+    whole, loads = numbers(router_sums(chosen, 6, z))
+    parts = joined(router_sums(chosen[:20], 6, z[:20]), router_sums(chosen[20:], 6, z[20:]))
+    found, found_loads = numbers(parts)
+    assert found == pytest.approx(whole, rel=1e-6) and found_loads == loads
+    assert len(parts) == HEAD + 12
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_on_an_accelerator_the_same(known: bool) -> None:
+    """Oracle: invariance. The way without a host sync gives what numpy gives, also joined and without scores."""
+    z = 5 * torch.randn(70, 9, generator=torch.Generator().manual_seed(2))
+    chosen = z.topk(2).indices
+    read = z[::3] if known else None
+    one, other = router_sums(chosen, 9, read), on_device(chosen, 9, read)
+    assert isinstance(one, np.ndarray) and isinstance(other, Tensor) and other.dtype == torch.float32
+    np.testing.assert_allclose(other.numpy(), one, rtol=1e-5)
+    np.testing.assert_allclose(joined(other, other).numpy(), joined(one, one), rtol=1e-5)  # pyright: ignore
+    for a, b in zip(balance(other), balance(one), strict=True):
+        np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4)
+
+
+def test_not_finite_is_kept() -> None:
+    """Oracle: planted fault. A NaN score makes entropy, z and maximum NaN and leaves the loads; no rows give 0 / 0."""
+    z = torch.zeros(4, 3)
+    z[1, 1] = math.nan
+    found, _ = numbers(router_sums(torch.zeros(4, 1, dtype=torch.long), 3, z))
+    assert all(math.isnan(found[s]) for s in ("sum_entropy", "mean_entropy", "sumsq_lse", "max_z"))
+    assert found["max_load"] == 1
+    none, _ = numbers(router_sums(torch.zeros(4, 1, dtype=torch.long), 3, None))
+    assert none["rows"] == 0 and none["max_load"] == 1
+
+
+# ---- found in a model
+
+
+class Routed(nn.Module):
+    """A layer of four experts whose router is made by ``route(linear, x) -> (weights, chosen)``."""
+
+    def __init__(self, route: Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor]], name: str = "router") -> None:
+        super().__init__()
+        self.route, self.name = route, name
+        self.add_module(name, nn.Linear(12, 4))
+        self.experts = nn.ModuleList(nn.Linear(12, 5) for _ in range(4))
+        self.seen: list[Tensor] = []
+        self.scores: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        router = getattr(self, self.name)
+        weights, chosen = self.route(router, x)
+        self.seen.append(chosen.detach())
+        self.scores.append(F.linear(x, router.weight, router.bias).detach())
+        each = torch.stack([e(x) for e in self.experts], 1)
+        picked = each.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 5))
+        return (picked * weights.unsqueeze(-1)).sum(1)
+
+
+def after_softmax(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = router(x).softmax(-1).topk(2)
+    return weights, chosen
+
+
+def before_softmax(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    scores, chosen = torch.topk(router(x), k=2, dim=-1)
+    return scores.softmax(-1), chosen
+
+
+def biased_sigmoid(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(router(x))
+    chosen = torch.topk(gate + torch.tensor([0.0, 0.1, 0.0, 0.0]), 2, sorted=False).indices
+    return gate.gather(1, chosen), chosen
+
+
+def tempered(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = (router(x) / 2).softmax(-1).topk(2)
+    return weights, chosen
+
+
+def run(model: nn.Module, folder: Path, steps: int = 3, micro: int = 1) -> monitor.Run:
+    opt = torch.optim.SGD(model.parameters(), lr=0.05)
+    with monitor.attach(model, folder):
+        for i, (x, y) in enumerate(trainings.batches(steps * micro)):
+            (F.cross_entropy(model(x), y) / micro).backward()
+            if (i + 1) % micro == 0:
+                opt.step()
+                opt.zero_grad()
+    found = monitor.open(folder)
+    assert not found.warnings
+    return found
+
+
+@pytest.mark.parametrize("route", [after_softmax, before_softmax, biased_sigmoid])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_hand_written_routers(route: Callable[..., tuple[Tensor, Tensor]], micro: int, tmp_path: Path) -> None:
+    """Oracle: dense float64 reference from the model's own scores and choices; micro-batches are one batch."""
+    trainings.seed()
+    model = Routed(route)
+    recorded = run(model, tmp_path / "run", micro=micro)
+    for step in range(3):
+        part = slice(step * micro, (step + 1) * micro)
+        chosen, z = torch.cat(model.seen[part]), torch.cat(model.scores[part]).double()
+        f = torch.bincount(chosen.flatten(), minlength=4).double() / chosen.numel()
+        p = z.softmax(1)
+        expected = {
+            "cv": f.std(correction=0).item() * 4,
+            "max_violation": 4 * f.max().item() - 1,
+            "effective": torch.special.entr(f).sum().exp().item(),
+            "entropy": torch.special.entr(p).sum(1).mean().item(),
+            "mean_normalised": torch.special.entr(p.mean(0)).sum().item() / math.log(4),
+            "z": z.logsumexp(1).square().mean().item(),
+            "max_logit": z.max().item(),
+            "tokens": 16 * micro,
+            "top_k": 2,
+        }
+        found = {name: recorded.series(f"router_balance.{name}", "router")[1][step] for name in expected}
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        loads = [recorded.series("router_load.load", f"router[{e}]")[1][step] for e in range(4)]
+        assert loads == pytest.approx(f.tolist())
+
+
+def test_scores_that_cannot_be_read_are_absent(tmp_path: Path) -> None:
+    """Oracle: planted fault. A temperature after the multiplication hides the scores, not their probabilities."""
+    trainings.seed()
+    model = Routed(tempered)
+    recorded = run(model, tmp_path / "run", steps=1)
+    p = (model.scores[0].double() / 2).softmax(1)
+    entropy = torch.special.entr(p).sum(1).mean().item()
+    assert recorded.series("router_balance.entropy", "router")[1] == pytest.approx([entropy], rel=1e-5)
+    assert not {"router_balance.z", "router_balance.max_logit"} & set(recorded.refs())
+
+
+class Accuracy(nn.Module):
+    """A classifier that chooses among its own classes, and sparse codes: top-k, but no router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.head = nn.Linear(12, 64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.code(x)
+        values, at = codes.topk(8)
+        scores = values @ values.T
+        scores.topk(2)
+        return self.head(torch.zeros_like(codes).scatter(1, at, values.relu()))
+
+
+def test_other_uses_of_top_k_are_no_routers(tmp_path: Path) -> None:
+    """Oracle: planted fault, absent. Sparse codes, similarities and a top-3 accuracy give no router."""
+    trainings.seed()
+    model = Accuracy()
+    opt = torch.optim.SGD(model.parameters(), lr=0.05)
+    with monitor.attach(model, tmp_path / "run"):
+        for x, y in trainings.batches(3):
+            out = model(x)
+            out.softmax(-1).topk(3)
+            F.cross_entropy(out, y).backward()
+            opt.step()
+    recorded = monitor.open(tmp_path / "run")
+    assert not recorded.warnings
+    assert not any(metric.startswith("router") for metric in recorded.metrics())
+
+
+def test_only_every_fifth_step(tmp_path: Path) -> None:
+    """Oracle: definition. Every step at first, every fifth from then on."""
+    trainings.seed()
+    recorded = run(Routed(after_softmax, "gate"), tmp_path / "run", steps=41)
+    assert recorded.series("router_balance.cv", "gate")[0].tolist() == [s for s in range(41) if s < START or s % 5 == 0]
+
+
+@pytest.mark.parametrize("balancing", [0.01, -0.1])
+def test_a_collapsed_router_is_found(balancing: float, tmp_path: Path) -> None:
+    """Oracle: planted fault. A balancing term of the wrong sign collapses the router; of the right one it does not."""
+    trainings.seed()
+    model = Routed(after_softmax)
+    router = model.get_submodule("router")
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with monitor.attach(model, tmp_path / "run"):
+        for x, y in trainings.batches(220, rows=64):
+            loss = F.cross_entropy(model(x), y)
+            p = router(x).softmax(-1)
+            f = F.one_hot(model.seen[-1], 4).float().mean((0, 1))
+            (loss + balancing * 4 * (f * p.mean(0)).sum()).backward()
+            opt.step()
+            opt.zero_grad()
+            model.seen.clear()
+            model.scores.clear()
+    found = {(f.rule, f.module) for f in monitor.open(tmp_path / "run").findings() if f.site == "router"}
+    assert found == ({("router_concentration", "router"), ("load_imbalance", "router")} if balancing < 0 else set())
+
+
+CLIENTS = {
+    "olmoe": ("Olmoe", {"num_experts": 8, "output_router_logits": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "output_router_logits": True}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 16, "q_lora_rank": 16,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+            "first_k_dense_replace": 0,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_unmodified_transformers(client: str, tmp_path: Path) -> None:
+    """Oracle: dense float64 reference from what the model's own router modules return; nothing else is a router."""
+    pytest.importorskip("transformers")
+    name, more = CLIENTS[client]
+    module = importlib.import_module(f"transformers.models.{client}")
+    torch.manual_seed(0)
+    config = getattr(module, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more,
+    )  # fmt: skip
+    model = getattr(module, f"{name}ForCausalLM")(config).train()
+    returned: dict[str, list[tuple[Tensor, ...]]] = {}
+    for path, m in model.named_modules():
+        if path.endswith(".gate"):
+            nn.init.normal_(m.weight, std=0.3)
+            m.register_forward_hook(lambda m, args, out, path=path: returned.setdefault(path, []).append(out))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(2):
+            tokens = torch.randint(0, 64, (2, 16))
+            model(tokens, labels=tokens).loss.backward()
+            opt.step()
+            opt.zero_grad()
+    recorded = monitor.open(tmp_path / "run")
+    assert not recorded.warnings
+    assert len(returned) == 2
+    assert set(recorded.frame("router_balance")["module"]) == set(returned)
+    for path, calls in returned.items():
+        for step, (z, _, chosen) in enumerate(calls):
+            f = torch.bincount(chosen.flatten(), minlength=8).double() / chosen.numel()
+            loads = [recorded.series("router_load.load", f"{path}[{e}]")[1][step] for e in range(8)]
+            assert loads == pytest.approx(f.tolist())
+            z_loss = z.detach().double().logsumexp(-1).square().mean().item()
+            assert recorded.series("router_balance.z", path)[1][step] == pytest.approx(z_loss, rel=1e-4)
