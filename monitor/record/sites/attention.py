@@ -16,8 +16,8 @@ from monitor.record.passes import attention
 from monitor.record.private import saved, saved_tensor_hooks_active
 from monitor.record.site import Site
 
-#: Steps between two looks at what needs rows of logits.
-EVERY = 10
+#: Steps between two looks at the saved log-sum-exp, and at what needs rows of logits.
+BOUND_EVERY, EVERY = 5, 10
 #: About as many rows of a call are sampled, evenly spaced from a random start.
 ROWS = 16
 _HOPS, _NODES = 12, 256
@@ -36,8 +36,8 @@ class _Call:
 class AttentionSite(Site):
     """Statistics per head of every attention whose result can be trained on, addressed ``module[head]``.
 
-    The bound of the largest logit comes every step from the log-sum-exp that the fused kernel has saved for backward;
-    everything else every `EVERY` steps from rows. Where no log-sum-exp can be read (dropout on a CPU, a saved-tensor
+    The bound of the largest logit comes every fifth step from the log-sum-exp that the fused kernel has saved for
+    backward; everything else every `EVERY` steps from rows. Where no log-sum-exp can be read (dropout on a CPU, a saved-tensor
     hook such as that of activation checkpointing), rows are all there is.
     """
 
@@ -61,6 +61,8 @@ class AttentionSite(Site):
     # ---- what is seen
 
     def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if not self.due(BOUND_EVERY):
+            return
         q, k, v = (_argument(args, kwargs, i, n) for i, n in enumerate(("query", "key", "value")))
         if not self._trained(result) or not isinstance(q, Tensor) or not isinstance(k, Tensor):
             return
@@ -72,7 +74,7 @@ class AttentionSite(Site):
 
     def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         out = result[0] if isinstance(result, tuple) else result
-        if not self._trained(out):
+        if not self.due(BOUND_EVERY) or not self._trained(out):
             return
         if saved_tensor_hooks_active():
             self._why = "inside nn.MultiheadAttention under activation checkpointing it cannot be read without running"
