@@ -37,8 +37,8 @@ class AttentionSite(Site):
     """Statistics per head of every attention whose result can be trained on, addressed ``module[head]``.
 
     The bound of the largest logit comes every fifth step from the log-sum-exp that the fused kernel has saved for
-    backward; everything else every `EVERY` steps from rows. Where no log-sum-exp can be read (dropout on a CPU, a saved-tensor
-    hook such as that of activation checkpointing), rows are all there is.
+    backward; everything else every `EVERY` steps from rows. Where no log-sum-exp can be read (dropout on a CPU, a
+    saved-tensor hook such as that of activation checkpointing), rows are all there is.
     """
 
     name = "attention"
