@@ -1,4 +1,4 @@
-"""What recording every step costs: two identical models stepped in turn, one recorded, the order swapped every pair.
+"""What recording costs at the default cadences: two identical models stepped in turn, one recorded, the order swapped every pair.
 
     python tests/benchmarks/bench_overhead.py [cnn] [gpt] [moe] [--pairs N]
 
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=0)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}, every step recorded")
+    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}, default cadences")
     stderr = sys.stderr
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     for name in a.names:
