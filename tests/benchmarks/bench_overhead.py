@@ -1,4 +1,4 @@
-"""What recording costs at the default cadences: two identical models stepped in turn, one recorded, the order swapped every pair.
+"""What recording costs at the default cadences: two equal models stepped in turn, one recorded, the order swapped.
 
     python tests/benchmarks/bench_overhead.py [cnn] [gpt] [moe] [--pairs N]
 
