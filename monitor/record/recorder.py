@@ -178,7 +178,7 @@ class Recorder:
         self._names = strangers | parameter_names(self._roots)
 
     def label(self, optimizer: Optimizer) -> str:
-        """Name of an optimizer: empty if it is the only one that has stepped."""
+        """Name of an optimizer: empty for the first that stepped, so that a second one does not rename it."""
         known = [id(o()) for o in self._optimizers]
         return "" if len(known) < 2 or known[0] == id(optimizer) else f"optimizer[{known.index(id(optimizer))}]"
 

@@ -177,3 +177,23 @@ def test_no_activation_outlives_its_step(tmp_path: Path) -> None:
             del out, loss
             gc.collect()
             assert not [r for r in alive if r() is not None]
+
+
+def test_tied_and_frozen_parameters(tmp_path: Path) -> None:
+    """Oracle: definition. A tied tensor is recorded once, under its first name; a frozen one gives no finding."""
+    trainings.seed()
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 5))
+    model[1].weight = model[0].weight
+    model[2].bias.requires_grad_(False)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with monitor.attach(model, tmp_path / "run"):
+        for x, y in trainings.batches(25):
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            opt.step()
+    run = monitor.open(tmp_path / "run")
+    assert run.modules("grad_norm.norm") == ("0.weight", "0.bias", "1.bias", "2.weight")
+    facts = {p["name"]: p for p in run.facts["parameters"]}
+    assert facts["0.weight"]["tied_to"] == ["1.weight"]
+    assert not facts["2.bias"]["trainable"]
+    assert not run.findings()
