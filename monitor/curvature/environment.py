@@ -88,6 +88,22 @@ def undisturbed(model: nn.Module, mode: Mode, devices: Sequence[torch.device]) -
 
 
 @contextmanager
+def cloned_buffers(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in here on copies of its buffers; shared ones stay shared."""
+    tables = [m._buffers for m in model.modules()]
+    before = [dict(table) for table in tables]
+    clones = {id(b): b.detach().clone() for table in tables for b in table.values() if b is not None}
+    try:
+        for table in tables:
+            table.update({key: clones[id(b)] for key, b in table.items() if b is not None})
+        yield
+    finally:
+        for table, content in zip(tables, before, strict=True):
+            table.clear()
+            table.update(content)
+
+
+@contextmanager
 def _same_attributes(model: nn.Module) -> Iterator[None]:
     # Shallow: `training`, counters, caches and hooks' leftovers live in __dict__; parameters and buffers in tables.
     saved: list[tuple[MutableMapping[str, Any], dict[str, Any]]] = []

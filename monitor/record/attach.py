@@ -13,7 +13,7 @@ import types
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,10 +25,14 @@ from monitor.record.budget import Account
 from monitor.record.facts import unwrap, versions
 from monitor.record.flush import Flusher, to_stderr
 from monitor.record.private import quiet
+from monitor.record.probe import Probe
 from monitor.record.recorder import Recorder
 from monitor.record.sites.logged import LoggedSite
 from monitor.store.run import open_run
 from monitor.store.writer import RunWriter
+
+if TYPE_CHECKING:
+    from monitor.probes.curvature import Curvature
 
 _OPEN: dict[int, Handle] = {}
 
@@ -139,6 +143,8 @@ def attach(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     resume: bool = False,
     start_step: int | None = None,
+    curvature: Literal["auto"] | Curvature | None = None,
+    probes: Probe | Iterable[Probe] = (),
 ) -> Handle:
     """Record the training of ``model`` from here on. Nothing has to be called in the loop.
 
@@ -156,6 +162,9 @@ def attach(
         resume: append to the run in ``run_dir`` as a new attempt.
         start_step: with ``resume``, number of the first step, for a training that goes back to an older checkpoint;
             default: the one after the last recorded.
+        curvature: "auto" also measures the curvature of the training loss now and then, in at most 5 % of the time; a
+            `monitor.Curvature` says more exactly what and when.
+        probes: further measurements of `monitor.probes`.
 
     Returns:
         A `Handle`; it may be dropped.
@@ -184,6 +193,7 @@ def attach(
         raise UsageError("attach(start_step=…) needs resume=True: a new run begins at step 0")
     if resume and run_dir is None:
         raise UsageError("attach(resume=True) needs run_dir=: the run to go on with")
+    asked = _probes(curvature, probes)
     for handle in set(_OPEN.values()):
         if handle._recorder is not None and handle._recorder.orphaned():
             handle.close()  # as in a search over many models: nobody else will
@@ -194,7 +204,7 @@ def attach(
         held._close("detached", None, say=False)
     if _rank() != 0:
         return Handle(None, None, [root])
-    return begin([model], run_dir, optimizers=optimizers, resume=resume, start_step=start_step)
+    return begin([model], run_dir, optimizers=optimizers, probes=asked, resume=resume, start_step=start_step)
 
 
 def begin(
@@ -202,6 +212,7 @@ def begin(
     run_dir: str | os.PathLike[str] | None,
     *,
     optimizers: Sequence[Optimizer] = (),
+    probes: Sequence[Probe] = (),
     resume: bool = False,
     start_step: int | None = None,
     follow_all: bool = False,
@@ -218,7 +229,12 @@ def begin(
         flusher = Flusher(writer, to_stderr)
         with quiet():
             recorder = Recorder(
-                models, flusher, optimizers=optimizers, follow_all=follow_all, start_step=writer.start_step
+                models,
+                flusher,
+                optimizers=optimizers,
+                probes=probes,
+                follow_all=follow_all,
+                start_step=writer.start_step,
             )
     except Exception as e:  # an error of ours, or in a metric of the user's, is no reason not to train either
         to_stderr(f"cannot record: {type(e).__name__}: {e}; training goes on unrecorded")
@@ -238,6 +254,20 @@ def begin(
     moved = f" ({folder.name} is occupied)" if writer.renamed else ""
     to_stderr(f"recording {tensors} tensors → {_short(writer.path)}{moved}")
     return handle
+
+
+def _probes(curvature: Literal["auto"] | Curvature | None, probes: Probe | Iterable[Probe]) -> list[Probe]:
+    asked = [probes] if isinstance(probes, Probe) else list(probes)
+    for p in asked:
+        if not isinstance(p, Probe):
+            raise UsageError(f"attach(probes=…) received {type(p).__name__}; expected probes of monitor.probes")
+    if curvature is None:
+        return asked
+    from monitor.probes.curvature import Curvature
+
+    if not (curvature == "auto" or isinstance(curvature, Curvature)):
+        raise UsageError(f'attach(curvature=…) received {curvature!r:.80}; expected "auto" or a monitor.Curvature')
+    return [*asked, Curvature() if curvature == "auto" else curvature]
 
 
 def _columns() -> dict[str, Any]:

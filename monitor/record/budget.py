@@ -34,23 +34,27 @@ class Account:
         """The account so far.
 
         Returns:
-            ``fraction``: what training is slower by, all parts together; ``training_thread``, ``dispatch``, ``writer``:
+            ``fraction``: what training is slower by, all parts together; ``training_thread``, ``dispatch``, ``writer``,
+            ``probes``:
             its parts; ``seconds``: hook time; ``steps``. Fractions of the time that remains without us.
         """
         wall = max(1e-9, time.perf_counter() - self._wall)
         cpu = max(1e-9, time.process_time() - self._cpu)
-        hooks, dispatch = self._recorder.spent, self._recorder.mode.calls * self._per_call
+        probes = self._recorder.probed
+        hooks, dispatch = self._recorder.spent - probes, self._recorder.mode.calls * self._per_call
         writer = self._flusher.cpu
-        mine = hooks + dispatch
+        mine = hooks + dispatch + probes
         thread = hooks / max(1e-9, wall - mine)
         call = dispatch / max(1e-9, wall - mine)
+        probe = probes / max(1e-9, wall - mine)
         # what training used of the CPU, taking our hooks to use it as the training does
-        write = writer / max(1e-9, (cpu - writer) / (1 + thread + call))
+        write = writer / max(1e-9, (cpu - writer) / (1 + thread + call + probe))
         return {
-            "fraction": thread + call + write,
+            "fraction": thread + call + write + probe,
             "training_thread": thread,
             "dispatch": call,
             "writer": write,
+            "probes": probe,
             "seconds": hooks,
             "steps": self._recorder.rows,
         }

@@ -41,6 +41,8 @@ class StepMode(TorchFunctionMode):
         self.watched = before.keys() | after.keys()
         #: Calls seen, for the account of our own cost.
         self.calls = 0
+        #: Told of every call while a step is taped.
+        self.tape: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
         #: True while a watched function runs; the mode is off the stack then and must not be moved.
         self.inside = False
 
@@ -50,7 +52,10 @@ class StepMode(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.calls += 1
         if func not in self.watched or inside_functorch():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if self.tape is not None:
+                self.tape(func, args, kwargs or {}, result)
+            return result
         kwargs = kwargs or {}
         watcher = self.before.get(func)
         self.inside = True
@@ -61,6 +66,8 @@ class StepMode(TorchFunctionMode):
             watcher = self.after.get(func)
             if watcher is not None:
                 watcher(args, kwargs, result)
+            if self.tape is not None:
+                self.tape(func, args, kwargs, result)
         finally:
             self.inside = False
         return result

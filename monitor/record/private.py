@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 _C: Any = torch._C
@@ -32,6 +34,29 @@ def quiet() -> Iterator[None]:
                 yield
         else:
             yield
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """No mode that is on a stack now sees what is called in this context; one entered in here does. No gradients.
+
+    The context of `torch.set_default_device` stays: it decides where tensors are made.
+    """
+    stack = [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]
+    kept = [m for m in stack if isinstance(m, DeviceContext)]
+    try:
+        for m in kept:
+            _push_mode(m)
+        with contextlib.ExitStack() as inner:
+            inner.enter_context(torch.no_grad())
+            if _C._len_torch_dispatch_stack() > 0:
+                inner.enter_context(_disable_current_modes())
+            yield
+    finally:
+        for _ in kept:
+            _pop_mode()
+        for m in stack:
+            _push_mode(m)
 
 
 def saved(node: Any, name: str) -> Tensor | None:

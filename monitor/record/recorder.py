@@ -30,7 +30,8 @@ from monitor.errors import MonitorWarning
 from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.mode import StepMode, Watcher
-from monitor.record.private import inside_functorch, quiet
+from monitor.record.private import alone, inside_functorch, quiet
+from monitor.record.probe import Probe
 from monitor.record.ring import Ring, Values
 from monitor.record.site import Site
 from monitor.record.sites.activation import ActivationSite
@@ -41,6 +42,7 @@ from monitor.record.sites.logged import LoggedSite
 from monitor.record.sites.logits import LogitsSite
 from monitor.record.sites.loss import LossSite
 from monitor.record.sites.parameter import ParameterSite
+from monitor.record.sites.probe import ProbeSite
 from monitor.record.sites.router import RouterSite
 from monitor.record.sites.state import StateSite
 
@@ -48,7 +50,7 @@ from monitor.record.sites.state import StateSite
 BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
 _SITES: tuple[type[Site], ...] = (
     InputSite, ActivationSite, AttentionSite, RouterSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite,
-    LoggedSite,
+    LoggedSite, ProbeSite,
 )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ class Recorder:
         models: root modules, as the user calls them (possibly wrapped).
         flusher: takes the rows; owns the writer thread.
         optimizers: follow only these; default: every optimizer that trains a parameter of the models.
+        probes: what is measured beyond the ordinary step.
         follow_all: also follow optimizers that train other models, and look for those (used by ``monitor run``).
         start_step: number of the first row.
     """
@@ -69,6 +72,7 @@ class Recorder:
         flusher: Flusher,
         *,
         optimizers: Sequence[Optimizer] = (),
+        probes: Sequence[Probe] = (),
         follow_all: bool = False,
         start_step: int = 0,
     ) -> None:
@@ -82,6 +86,9 @@ class Recorder:
         self.stepped = 0
         self.skipped = 0
         self.spent = 0.0
+        self.probed = 0.0  # part of it that probes took
+        self.probes = probes
+        self.probing = False  # a probe is due in this step
         self.rows = 0
         self.device = _device(models)
         self.on_cpu = self.device.type == "cpu"
@@ -117,7 +124,7 @@ class Recorder:
         # most sites care for few of the moments of a step: call those only
         self._on = {
             moment: [site for site in self.sites if getattr(type(site), moment) is not getattr(Site, moment)]
-            for moment in ("on_forward", "on_backward", "on_step", "on_row")
+            for moment in ("on_forward", "on_output", "on_backward", "before_update", "on_step", "on_row")
         }
         before: dict[Any, Watcher] = {torch.Tensor.backward: self._commit_pending}
         before[torch.autograd.backward] = self._commit_pending
@@ -160,6 +167,11 @@ class Recorder:
     def prefix(self, module: nn.Module) -> str:
         """What distinguishes the arguments of one hooked module from those of the others; empty for the first root."""
         return self._prefixes.get(id(module), "")
+
+    @property
+    def roots(self) -> Sequence[nn.Module]:
+        """The root modules that are followed, unwrapped."""
+        return self._roots
 
     def parameter(self, p: Tensor) -> str:
         """Name of a parameter; one that belongs to no followed module is named by its place in an optimizer."""
@@ -301,6 +313,14 @@ class Recorder:
         # forward and backward in there
         if not closure and self._here() and not self._always_on:
             self._set(False)
+        if self.probing and not self._row:
+            self.probing = False
+            self.mode.inside = True  # a probe runs the models: not one of those calls is the training's
+            try:
+                with alone():
+                    self._at("before_update", optimizer)
+            finally:
+                self.mode.inside = False
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.active and os.getpid() == self._pid:
@@ -395,11 +415,14 @@ class Recorder:
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and self._here() and self._depth > 0 and not _transformed():
-            self._guard(self._end_forward)
+            self._guard(self._end_forward, module, args, kwargs, output)
 
-    def _end_forward(self) -> None:
+    def _end_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
+            if self.training:
+                with quiet():
+                    self._at("on_output", module, args, kwargs, output)
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
             self._set(True if torch.is_grad_enabled() else self._was_on)
 

@@ -45,8 +45,14 @@ class Site:
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A root module's training forward is about to run."""
 
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A root module's training forward has ended."""
+
     def on_backward(self) -> None:
         """Backward is about to run."""
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """The first optimizer of a row is about to make its update. Function modes entered in here do see calls."""
 
     def on_step(self, optimizer: Optimizer) -> None:
         """One optimizer has just made an update; gradients are still there."""

@@ -1,0 +1,117 @@
+"""What a probe is: a measurement that one ordinary training step does not show, such as a Hessian product.
+
+A probe runs on some steps, in the optimizer's pre-step hook: the parameters are those of the step's forward, the
+gradients are there, the update has not been made. It may run the models as often as its time allows; it must leave
+no trace and free what it built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from monitor.curvature.environment import cloned_buffers, undisturbed
+from monitor.record.tape import Tape
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from monitor.record.recorder import Recorder
+    from monitor.record.ring import Values
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a probe is given.
+
+    Attributes:
+        step: updates completed.
+        models: root modules, unwrapped.
+        optimizer: the optimizer that is about to update.
+        tapes: one per call of `backward` in this step; empty unless the probe is ``taped``.
+        first: the tape of the first micro-batch of the run, on data of its own: a fixed probe set. None unless the
+            probe ``keeps_first``.
+    """
+
+    step: int
+    models: Sequence[nn.Module]
+    optimizer: Optimizer
+    tapes: Sequence[Tape]
+    first: Tape | None
+    recorder: Recorder
+
+    @property
+    def model(self) -> nn.Module:
+        """The first root module."""
+        return self.models[0]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the parameters are, each once."""
+        return list(dict.fromkeys(p.device for m in self.models for p in m.parameters()))
+
+    def parameter(self, p: Tensor) -> str:
+        """Name of a parameter."""
+        return self.recorder.parameter(p)
+
+    def emit(self, reads: str, stats: Sequence[str], module: str, values: Values) -> None:
+        """Write the statistics of one module into the row of this step; see `Recorder.emit`."""
+        self.recorder.emit(reads, stats, module, values)
+
+    def table(self, name: str, table: pa.Table) -> None:
+        """Write a table of vectors for this step."""
+        self.recorder.flusher.table(name, self.step, table)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The models in evaluation mode, without gradients; afterwards everything is bit for bit as it was.
+
+        Modes, attributes, buffers, random states and backend flags are put back; autocast is off.
+        """
+        devices = self.devices
+        with ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(undisturbed(model, "eval", devices))
+                stack.enter_context(cloned_buffers(model))
+            stack.enter_context(torch.no_grad())
+            yield
+
+
+class Probe:
+    """Base of all probes.
+
+    Attributes:
+        name: for messages; of the metric it is best known by.
+        every: measure at each so many steps, whatever it costs; None: as often as the budget allows.
+        share: the largest share of the run's time it may take without ``every``.
+        cost: its cost in training steps before it has been measured.
+        taped: it needs the tapes of the step.
+        keeps_first: it needs the first micro-batch of the run.
+        default: it runs though nobody asked for it, so its being not wanted is no news.
+    """
+
+    name = ""
+    every: int | None = None
+    share = 0.01
+    cost = 1.0
+    taped = False
+    keeps_first = False
+    default = False
+
+    def wanted(self, recorder: Recorder) -> str | None:
+        """Why it cannot be measured in this run; None if it can."""
+        return None
+
+    def measure(self, moment: Moment) -> None:
+        """Measure and emit. Runs without gradients, with every mode of the user's and ours off.
+
+        Raises:
+            UsageError: if it cannot be done; the message goes into the run and the probe is not tried again.
+        """
+        raise NotImplementedError

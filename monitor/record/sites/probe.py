@@ -1,0 +1,184 @@
+"""Runs the probes: decides when, tapes the steps that they need, and keeps them inside their share of the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from monitor.curvature.environment import RandomState
+from monitor.record.mode import Watcher
+from monitor.record.probe import Moment, Probe
+from monitor.record.site import START, Site
+from monitor.record.tape import Tape
+
+#: Memory that the first batch of a run may take to be kept as the probe set.
+KEEP = 64 << 20
+#: Probes that run though nobody asked for them.
+DEFAULT: tuple[type[Probe], ...] = ()
+
+
+@dataclass
+class _Scheduled:
+    """A probe and what it has cost so far, in seconds."""
+
+    probe: Probe
+    spent: float = 0.0
+    last: float | None = None
+    why_not: str | None = None
+    asked: bool = False
+
+    def due(self, step: int, elapsed: float, steps: int) -> bool:
+        """True if it is measured at ``step``, ``elapsed`` seconds and ``steps`` steps after the first."""
+        if self.why_not is not None:
+            return False
+        if self.probe.every is not None:
+            return step % self.probe.every == 0
+        guess = self.last if self.last is not None else self.probe.cost * elapsed / max(1, steps)
+        return steps >= START and self.spent + guess <= self.probe.share * elapsed
+
+
+class ProbeSite(Site):
+    """Measures the probes before the first update of a step."""
+
+    name = "probe"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._all = [_Scheduled(p) for p in recorder.probes]
+        self._all += [_Scheduled(kind()) for kind in DEFAULT]
+        self._keeps = any(s.probe.keeps_first for s in self._all)
+        self._began: float | None = None
+        self._steps = 0
+        self._spent = 0.0  # by the recorder before the first step
+        self._due: list[_Scheduled] = []
+        self._decided = -1
+        self._tape: Tape | None = None
+        self._tapes: list[tuple[int, Tape]] = []  # with the attempt at an update that they belong to
+        self._first: Tape | None = None
+        self._why_no_tape = ""
+
+    def before(self) -> dict[Any, Watcher]:
+        """A call of backward ends a tape."""
+        return {torch.Tensor.backward: self._backward, torch.autograd.backward: self._backward}
+
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide what is due in this step, and whether it has to be taped."""
+        if not self._all:
+            return
+        if self._decided != self.rec.step:
+            self._decide()
+        self.rec.mode.tape = None  # what happens inside a root module is played again by calling it
+        if self._tape is None and (self._keeps or any(s.probe.taped for s in self._due)):
+            random = RandomState.capture([self.rec.device])
+            self._tape = Tape(self.rec.roots, random)
+
+    def _decide(self) -> None:
+        now = time.perf_counter()
+        if self._began is None:
+            self._began, self._spent = now, self.rec.spent
+        self._decided = self.rec.step
+        self._tape = None
+        self._tapes.clear()
+        elapsed = now - self._began - (self.rec.spent - self._spent)  # the training's own time
+        self._due = [s for s in self._all if s.due(self.rec.step, elapsed, self._steps)]
+        self.rec.probing = bool(self._due)
+        self._steps += 1
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A root module has been called: from here to backward every call counts."""
+        if self._tape is not None:
+            self._tape.root(module, args, kwargs, output)
+            self.rec.mode.tape = self._called
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """On the training's own path, so whatever is odd about a call costs the tape and nothing else."""
+        if self._tape is not None:
+            try:
+                self._tape.call(func, args, kwargs, result)
+            except Exception as e:
+                self._why_no_tape = f"{getattr(func, '__name__', func)} cannot be taped: {type(e).__name__}: {e}"
+                self._tape = self.rec.mode.tape = None
+
+    def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        self.rec.mode.tape = None
+        tape, self._tape = self._tape, None
+        if tape is None or self.rec.in_step:
+            return
+        given = args[0] if args else kwargs.get("tensors")
+        losses = [given] if isinstance(given, Tensor) else list(given or ())
+        gradient = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+        if len(losses) != 1 or not (gradient is None or isinstance(gradient, Tensor)):
+            self._why_no_tape = "backward was called on several tensors at once"
+            return
+        tape.end(losses[0], gradient, self.rec.on_cpu)
+        if not tape.complete:
+            self._why_no_tape = "the loss does not stem from a call of the model that can be seen"
+            return
+        self._tapes.append((self.rec.epoch, tape))
+        if self._keeps:
+            self._keeps = False
+            if tape.nbytes <= KEEP:
+                self._first = tape.copy()
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """Run what is due, once a step, on the tapes of this attempt at an update."""
+        due, self._due = self._due, []
+        tapes = [tape for epoch, tape in self._tapes if epoch == self.rec.epoch]
+        self._tapes.clear()
+        for s in due:
+            p = s.probe
+            if not s.asked:  # not before: other sites have to see a step first
+                s.asked = True
+                s.why_not = _impossible(self.rec.roots) or p.wanted(self.rec)
+            if s.why_not is not None:
+                continue
+            if p.taped and not tapes:
+                s.why_not = self._why_no_tape or "no call of backward was seen"
+            elif p.keeps_first and self._first is None:
+                s.why_not = self._why_no_tape or f"the first batch takes more than {KEEP >> 20} MiB"
+            else:
+                self._measure(s, optimizer, tapes if p.taped else [])
+
+    def on_row(self) -> None:
+        """Nothing of a step is kept beyond it, also of a forward that no backward followed."""
+        self._tape = self.rec.mode.tape = None
+
+    def _measure(self, s: _Scheduled, optimizer: Optimizer, tapes: Sequence[Tape]) -> None:
+        begin = time.perf_counter()
+        first = self._first if s.probe.keeps_first else None
+        try:
+            s.probe.measure(Moment(self.rec.step, self.rec.roots, optimizer, tapes, first, self.rec))
+        except Exception as e:
+            s.why_not = f"{e}" if type(e).__module__.startswith("monitor.") else f"{type(e).__name__}: {e}"
+            self.rec.flusher.warn(f"{s.probe.name} is not measured from step {self.rec.step} on: {s.why_not}")
+        s.last = time.perf_counter() - begin
+        s.spent += s.last
+        self.rec.probed += s.last
+
+    def missing(self) -> Sequence[tuple[str, str]]:
+        """Probes that could not be measured."""
+        if self._began is None:
+            return [
+                (s.probe.name, "no call of the model in training was seen") for s in self._all if not s.probe.default
+            ]
+        return [
+            (s.probe.name, s.why_not)
+            for s in self._all
+            if s.why_not is not None and not (s.probe.default and s.spent == 0)
+        ]
+
+
+def _impossible(models: Sequence[nn.Module]) -> str | None:
+    """Why no probe may run the models at all."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return "several processes train together, and a forward of one alone could wait for the others for ever"
+    if any(hasattr(p, "_local_tensor") for m in models for p in m.parameters()):
+        return "the parameters are sharded"
+    return None

@@ -1,0 +1,214 @@
+"""The calls that lead from a batch to its loss, so that the same loss can be computed again.
+
+A training step computes its loss somewhere between the first call of a root module and `backward`. The function mode
+sees every torch function called there, and hooks see the root modules; played again in the same order with the same
+random numbers, on whatever parameters the modules hold then, they give the loss as a function of the parameters.
+Nothing is known about the user's loss function, and nothing has to be. What the calls do not tell (a number that was
+read from a tensor and changed in Python, say) shows in the gradient: a replay is trusted only if its gradient is the
+run's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from monitor.curvature.environment import RandomState
+from monitor.record.facts import unwrap
+
+#: How deep tensors are looked for in objects of the user's own classes.
+_DEPTH = 3
+
+Call = tuple[tuple[Any, ...], dict[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor that an earlier call gave: the ``leaf``-th of call ``call``."""
+
+    call: int
+    leaf: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter, looked up where the module holds it at the time of the replay."""
+
+    module: nn.Module
+    key: str
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call; tensors in ``args`` and ``kwargs`` that stem from the tape are replaced by where they come from."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    grad: bool
+
+
+class Tape:
+    """The calls from the first root forward of a micro-batch to its `backward`.
+
+    Args:
+        models: root modules, unwrapped.
+        random: the states of all random-number generators before the first forward.
+
+    Attributes:
+        loss: what `backward` was called on, read when it was called; None until then, and on an accelerator.
+        autocast: device types for which autocast was on when the tape began, with their dtypes.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], random: RandomState) -> None:
+        self.random = random
+        self.loss: float | None = None
+        self.autocast = {
+            kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        }
+        self._calls: list[_Call] = []
+        self._where: dict[int, _Made] = {}
+        self._alive: list[Tensor] = []  # an id means nothing once its tensor is gone
+        self._end: _Made | None = None
+        self._gradient: Any = None
+        self._held = {
+            id(p): _Held(m, key)
+            for model in models
+            for m in model.modules()
+            for key, p in m._parameters.items()
+            if p is not None
+        }
+
+    @property
+    def complete(self) -> bool:
+        """True once `backward` was called on something that these calls gave."""
+        return self._end is not None
+
+    def root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A root module was called."""
+        self._note(unwrap(module), args, kwargs, output, grad=True)
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """A torch function was called outside the root modules."""
+        name = getattr(func, "__name__", "")
+        changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if changes or any(True for _ in _tensors(result)):
+            self._note(func, args, kwargs, result, grad=torch.is_grad_enabled())
+
+    def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, grad: bool) -> None:
+        self._calls.append(_Call(func, self._traced(args), self._traced(dict(kwargs)), grad))
+        for i, t in enumerate(_tensors(result)):
+            self._where[id(t)] = _Made(len(self._calls) - 1, i)
+            self._alive.append(t)
+
+    def end(self, loss: Tensor, gradient: Tensor | None, read: bool) -> None:
+        """`backward` is being called on ``loss`` with ``gradient``; ``read``: its value can be had without a sync."""
+        end = self._trace(loss)
+        self._end = end if isinstance(end, _Made) else None
+        self._gradient = None if gradient is None else gradient.detach().clone()
+        self.loss = float(loss.detach()) if read and loss.numel() == 1 else None
+        self._where, self._alive = {}, []
+
+    def replay(self) -> Tensor:
+        """The loss again: the tensor that `backward` was called on, as a function of what the modules hold now.
+
+        Random numbers are drawn as they were; the caller puts the generators back. Call it where nothing the modules
+        change (buffers, counters) matters, as in `LossClosure.session` or `Moment.evaluation`.
+
+        Returns:
+            ``()``, differentiable if gradients are enabled; the sum over elements times `backward`'s own gradient if it
+            was called with one.
+        """
+        if self._end is None:
+            raise RuntimeError("the loss does not stem from the calls on this tape")
+        self.random.restore()
+        made: list[list[Tensor]] = []
+        enabled = torch.is_grad_enabled()
+        for c in self._calls:
+            with torch.set_grad_enabled(c.grad and enabled):
+                made.append(list(_tensors(c.func(*_filled(c.args, made), **_filled(dict(c.kwargs), made)))))
+        loss = made[self._end.call][self._end.leaf]
+        return loss.reshape(()) if self._gradient is None else (loss * self._gradient).sum()
+
+    def calls(self, func: Callable[..., Any]) -> list[Call]:
+        """Replay, and give every call of ``func``, also inside the modules, as ``(args, kwargs, result)``."""
+        with _Catch(func) as caught:
+            self.replay()
+        return caught.calls
+
+    def copy(self) -> Tape:
+        """The same calls on data of their own, whatever becomes of the batch."""
+        twin = object.__new__(Tape)
+        twin.__dict__ = dict(self.__dict__)
+        data: dict[int, Tensor] = {}
+
+        def own(x: Any) -> Any:
+            return data.setdefault(id(x), x.detach().clone()) if isinstance(x, Tensor) else x
+
+        twin._calls = [
+            dataclasses.replace(c, args=tree_map(own, c.args), kwargs=tree_map(own, c.kwargs)) for c in self._calls
+        ]
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the data on the tape, each tensor once."""
+        held = {id(t): t for c in self._calls for t in tree_leaves((c.args, c.kwargs)) if isinstance(t, Tensor)}
+        return sum(t.numel() * t.element_size() for t in held.values())
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Positional and keyword arguments of the first call of a root module."""
+        return self._calls[0].args, self._calls[0].kwargs
+
+    def _traced(self, given: Any) -> Any:
+        return tree_map(self._trace, given)
+
+    def _trace(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        made = self._where.get(id(x))
+        if made is not None and x.requires_grad and not self._calls[made.call].grad:
+            return x  # the result of a torch.autograd.Function, of which only the inside was seen
+        known = made or self._held.get(id(x))
+        return x if known is None else known
+
+
+def _filled(given: Any, made: list[list[Tensor]]) -> Any:
+    def fill(x: Any) -> Any:
+        if isinstance(x, _Made):
+            return made[x.call][x.leaf]
+        if isinstance(x, _Held):
+            return x.module._parameters[x.key]
+        return x
+
+    return tree_map(fill, given)
+
+
+def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """Tensors in a result, in an order that depends on its structure alone; also in objects of unknown classes."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type):
+            yield from _tensors(list(vars(leaf).values()), depth - 1)
+
+
+class _Catch(TorchFunctionMode):
+    def __init__(self, func: Callable[..., Any]) -> None:
+        super().__init__()
+        self.func = func
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is self.func:
+            self.calls.append((args, kwargs or {}, result))
+        return result
