@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from monitor.errors import RunFormatError as RunFormatError
     from monitor.errors import UsageError as UsageError
     from monitor.metric import Metric as Metric
+    from monitor.probes.curvature import Curvature as Curvature
     from monitor.record.attach import Handle as Handle
     from monitor.record.attach import attach as attach
     from monitor.rule import Rule as Rule
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Curvature": "monitor.probes.curvature",
     "Finding": "monitor.diagnosis.finding",
     "Handle": "monitor.record.attach",
     "Incident": "monitor.diagnosis.finding",
@@ -46,6 +48,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Curvature",
     "Finding",
     "Handle",
     "Incident",
@@ -63,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("remedies", "curvature"):
+    if name in ("remedies", "curvature", "probes"):
         return import_module(f"monitor.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'monitor' has no attribute {name!r}")
@@ -74,4 +77,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "curvature", "remedies", "__version__"])
+    return sorted([*__all__, "curvature", "probes", "remedies", "__version__"])

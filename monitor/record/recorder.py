@@ -41,15 +41,17 @@ from monitor.record.sites.input import InputSite
 from monitor.record.sites.logged import LoggedSite
 from monitor.record.sites.logits import LogitsSite
 from monitor.record.sites.loss import LossSite
+from monitor.record.sites.norm import NormSite
 from monitor.record.sites.parameter import ParameterSite
 from monitor.record.sites.probe import ProbeSite
 from monitor.record.sites.router import RouterSite
 from monitor.record.sites.state import StateSite
+from monitor.record.sites.stream import StreamSite
 
 #: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
 BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
 _SITES: tuple[type[Site], ...] = (
-    InputSite, ActivationSite, AttentionSite, RouterSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite,
+    InputSite, ActivationSite, StreamSite, NormSite, AttentionSite, RouterSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite,
     LoggedSite, ProbeSite,
 )  # fmt: skip
 
@@ -114,7 +116,7 @@ class Recorder:
         self._eval_trained = False
         self._always_on = False
         self._handed_on = time.perf_counter()
-        self._thread = threading.get_ident()
+        self._thread: int | None = None  # that trains; known from the first training forward or update
         self._pid = os.getpid()
         self._signature: tuple[int, ...] = ()
         self._missing: list[tuple[str, str]] | None = None
@@ -404,6 +406,8 @@ class Recorder:
         self._forwards += 1
         self._was_on = self.mode.on_stack()
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
+        if self.training:
+            self._thread = threading.get_ident()
         self._set(self.training and module.training and not self._compiled(module))
         if self.training:
             with quiet():
@@ -434,7 +438,7 @@ class Recorder:
         return known
 
     def _here(self) -> bool:
-        return self.active and not self.mode.inside and threading.get_ident() == self._thread
+        return self.active and not self.mode.inside and self._thread in (None, threading.get_ident())
 
     def _set(self, on: bool) -> None:
         if on != self.mode.on_stack():
@@ -533,6 +537,8 @@ class Recorder:
         if self._missing is not None:
             return self._missing
         found = [m for site in self.sites for m in site.missing()]
+        if any(hasattr(p, "_local_tensor") for r in self._roots for p in r.parameters()):
+            found.append(("grad_norm", "the parameters are sharded: norms are those of this process alone"))
         regions = [name or "the model" for r in self._roots for name in compiled_regions(r)]
         if regions and any(metric == "loss" for metric, _ in found):
             why = f"{regions[0]} is compiled in place, so its calls cannot be seen without recompiling it"

@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -382,6 +383,16 @@ def test_a_bare_interpreter(how: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0
     assert monitor.open(tmp_path / "run").steps == 5
+
+
+def test_training_in_another_thread_than_attach(tmp_path: Path) -> None:
+    """Oracle: invariance. The thread that trains is the one that is watched, from its first loss on."""
+    model = mlp()
+    with monitor.attach(model, tmp_path / "run"):
+        thread = threading.Thread(target=train, args=(model, 5))
+        thread.start()
+        thread.join()
+    assert clean(tmp_path / "run", 5).series("loss.value")[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_an_error_at_attach_is_no_reason_not_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

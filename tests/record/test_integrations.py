@@ -88,6 +88,8 @@ def test_two_gloo_processes(tmp_path: Path, kind: str) -> None:
     assert run.steps == 20
     assert run.modules("grad_norm.norm") == ("0.weight", "0.bias", "2.weight", "2.bias")
     assert len(run.series("loss.value")[0]) == 20
+    said = [a["why"] for a in run.info["absent"] if a["what"] == "grad_norm"]
+    assert [("sharded" in why) for why in said] == ([True] if kind == "sharded" else [])
 
 
 TRAINER = """

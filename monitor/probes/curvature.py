@@ -1,0 +1,368 @@
+"""The curvature of the training loss while it trains: sharpness, stability, spectrum.
+
+    monitor.attach(model, curvature="auto")                              # in at most 5 % of the run's time
+    monitor.attach(model, curvature=monitor.Curvature(every=100))        # at these steps, whatever it costs
+    monitor.attach(model, curvature=monitor.Curvature(loss_closure=lambda: loss(model(x), y)))  # on data of your own
+
+Nothing else has to be given: the step's calls are taped and its loss is played again, which is trusted only if the
+gradient is the one that the optimizer is about to use.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monitor.curvature.closure import Batch, LossClosure, Selection
+from monitor.curvature.density import SpectralDensity
+from monitor.curvature.environment import Mode
+from monitor.curvature.lanczos import ASYMMETRY, Array, Eigenvalues, Krylov, lanczos
+from monitor.curvature.products import Hessian
+from monitor.curvature.spectrum import block_spectra
+from monitor.curvature.stability import Stability, stability
+from monitor.curvature.trace import Estimate, traces
+from monitor.errors import UsageError
+from monitor.probes._rebuilt import Rebuilt, Refused, given, rebuilt
+from monitor.record.probe import Moment, Probe
+
+if TYPE_CHECKING:
+    from monitor.record.recorder import Recorder
+
+#: Nodes of the spectral density, random vectors for the trace, most products of one Lanczos run.
+NODES, SAMPLES, MOST = 40, 10, 100
+#: Bytes that a Lanczos basis may take; it restarts beyond.
+BASIS = 2e9
+#: Replays that may fail the check before no more are tried.
+ATTEMPTS = 3
+#: What measurements cost before one has been made, in training steps, and the share of the budget that goes into batch
+#: sharpness alone between them.
+GUESS = {"batch": 6.0, "sharpness": 60.0, "full": 200.0}
+BETWEEN = 0.2
+#: Rows of the table of opposing signals, on each side.
+STRONGEST = 20
+
+SHARPNESS = ("value", "residual", "converged", "products", "examples", "parameters", "loss")
+EIGENVALUE = ("value", "residual", "converged")
+TRACE = ("trace", "stderr", "frobenius", "frobenius_stderr", "samples")
+DENSITY = ("negative_ratio", "negative_weight", "negative", "smallest", "smallest_residual", "nodes")
+PRECONDITIONED = ("value", "threshold", "converged")
+EDGE = ("ratio", "threshold", "stable_lr", "converged")
+SGD = ("ratio", "stderr")
+BATCH = ("value", "gradient_norm", "examples")
+OPPOSING = ("rows", "up", "down", "up_mean", "down_mean", "typical", "cancelled")
+
+
+class _State:
+    """What is remembered from one measurement to the next; a new one for every run."""
+
+    def __init__(self) -> None:
+        self.measured = 0  # of sharpness
+        self.refused = 0
+        self.planned: str | None = None
+        self.seconds: dict[str, float] = {}
+        self.between = 0.0
+        self.start: Tensor | None = None
+        self.names: tuple[str, ...] = ()
+        self.told: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Curvature(Probe):
+    """Measure the curvature of the training loss now and then, on the batch of a step.
+
+    Attributes:
+        every: measure sharpness at each so many steps, whatever it costs; None: as often as ``budget`` allows, with
+            the batch sharpness alone, which is cheap, in between.
+        budget: the largest share of the run's time it may take without ``every``.
+        top: eigenvalues from the top in a full measurement; the others have the largest alone.
+        full: every so many-th measurement is full: also the other eigenvalues, trace, spectral density, opposing
+            signals and blocks.
+        parameters: names of parameters or modules to measure; None for all that the optimizer trains.
+        blocks: also the sharpness of each of these modules; True: of the model's children.
+        loss_closure: the loss to measure instead of the step's: a function without arguments that calls the model and
+            returns it, or ``(loss_fn, batch)`` as for `monitor.curvature.LossClosure`.
+        mode: "train": dropout masks and batch statistics are those of the step; "eval": as in evaluation.
+        dtype: measure in this precision, e.g. ``torch.float64``; default that of the parameters, at least float32.
+
+    Raises:
+        UsageError: if a value makes no sense.
+    """
+
+    every: int | None = None
+    budget: float = 0.05
+    top: int = 5
+    full: int = 8
+    parameters: Selection = None
+    blocks: bool | Sequence[str] = False
+    loss_closure: Callable[[], Tensor] | tuple[Callable[..., Any], Any] | None = None
+    mode: Mode = "train"
+    dtype: torch.dtype | None = None
+
+    name = "curvature"
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise UsageError(f"Curvature(every={self.every!r}); expected a number of steps >= 1")
+        if not 0 < self.budget <= 1:
+            raise UsageError(f"Curvature(budget={self.budget!r}); expected a fraction above 0, e.g. 0.05")
+        if self.top < 1 or self.full < 1:
+            raise UsageError(f"Curvature(top={self.top!r}, full={self.full!r}); expected numbers >= 1")
+        if self.mode not in ("train", "eval"):
+            raise UsageError(f'Curvature(mode={self.mode!r}); expected "train" or "eval"')
+        fixed = {"share": self.budget, "taped": self.loss_closure is None, "_state": _State()}
+        for key, value in fixed.items():  # frozen for the user, not for us
+            object.__setattr__(self, key, value)
+
+    @property
+    def _now(self) -> _State:
+        return self.__dict__["_state"]
+
+    def wanted(self, recorder: Recorder) -> str | None:
+        """Forget the run before; whether it can be measured shows at the first attempt."""
+        object.__setattr__(self, "_state", _State())
+        return None
+
+    def affordable(self, elapsed: float, step: float, spent: float, last: float | None) -> bool:
+        """Plan the dearest measurement that the budget allows: the next sharpness, or batch sharpness alone."""
+        now = self._now
+        seconds = {kind: now.seconds.get(kind, GUESS[kind] * step) for kind in GUESS}
+        # the second is full: the first shall come early
+        kind = "full" if now.measured % self.full == min(1, self.full - 1) else "sharpness"
+        now.planned = None
+        if spent + seconds[kind] <= self.budget * elapsed:
+            now.planned = kind
+        elif max(spent, now.between / BETWEEN) + seconds["batch"] <= BETWEEN * self.budget * elapsed:
+            now.planned = "batch"
+        return now.planned is not None
+
+    def measure(self, moment: Moment) -> None:
+        """Rebuild the loss, check it, measure, emit.
+
+        Raises:
+            UsageError: if the loss cannot be rebuilt (after some attempts), or not be differentiated twice.
+        """
+        began = time.perf_counter()
+        now = self._now
+        kind = now.planned or ("full" if now.measured % self.full == 0 else "sharpness")
+        now.planned = None
+        loss = self._loss(moment)
+        if loss is None:
+            return
+        _Measurement(self, now, moment, loss).run(kind)
+        now.seconds[kind] = time.perf_counter() - began
+        if kind == "batch":
+            now.between += now.seconds[kind]
+        else:
+            now.measured += 1
+
+    def _loss(self, moment: Moment) -> Rebuilt | None:
+        if self.loss_closure is not None:
+            return given(moment, self.loss_closure, self.parameters, self.mode, self.dtype)
+        now = self._now
+        try:
+            found = rebuilt(moment, self.parameters, self.mode, self.dtype)
+        except Refused as e:
+            now.refused += 1
+            if now.refused < ATTEMPTS:
+                return None
+            raise UsageError(
+                f"the loss of a step could not be played again ({e}); "
+                "pass monitor.Curvature(loss_closure=…), a function that computes it"
+            ) from None
+        now.refused = 0
+        return found
+
+
+class _Measurement:
+    """One measurement; holds every graph, so that all are freed with it."""
+
+    def __init__(self, options: Curvature, now: _State, moment: Moment, loss: Rebuilt) -> None:
+        self.options = options
+        self.now = now
+        self.moment = moment
+        self.loss = loss
+        self.closure: LossClosure = loss.closure
+        self.hessian = Hessian(loss.closure, loss.names)
+        size = self.hessian.n * torch.finfo(self.hessian.dtype).bits // 8
+        self.basis = max(options.top + 11, int(BASIS // size))
+
+    def run(self, kind: str) -> None:
+        """Measure and emit."""
+        H = self.hessian
+        with H.session():
+            g = self.loss.gradient if self.loss.gradient is not None else self.closure.gradient(H.point)
+            if not bool(torch.isfinite(g).all()):
+                return  # nothing is defined here, and the loss says so itself
+            self._batch(g)
+            del g
+            if kind == "batch":
+                return
+            full = kind == "full"
+            run = self._lanczos(full)
+            top = _honest(run.largest, run)
+            value = self.closure.value(H.point)
+            u = run.eigenvectors("largest")[0]
+            self._emit(
+                "sharpness", SHARPNESS, "",
+                (*_first(top), run.products, self.loss.examples, H.n, value),
+            )  # fmt: skip
+            self.now.start, self.now.names = u.to("cpu", copy=True), self.loss.names
+            trace = self._spectrum(run, top) if full else None
+            del run
+            self._edge(top, trace)
+            if full:
+                self._opposing(u)
+        if full and self.options.blocks:
+            self.hessian = H = None  # its graph is not needed any more
+            self._blocks()
+
+    def _lanczos(self, full: bool) -> Krylov:
+        H, now = self.hessian, self.now
+        if full:  # a density is seen without prejudice from a random start only
+            steps = min(NODES, H.n)
+            return lanczos(
+                H, self.options.top, 1, steps=steps, max_products=max(MOST, steps), seed=self.moment.step,
+                max_basis=self.basis,
+            )  # fmt: skip
+        start = now.start if now.names == self.loss.names else None
+        return lanczos(H, 1, start=start, max_products=MOST, seed=self.moment.step, max_basis=self.basis)
+
+    def _batch(self, g: Tensor) -> None:
+        square = float(g.double() @ g.double())
+        if square > 0:
+            curvature = float(g.double() @ self.hessian(g).double())
+            self._emit("batch_sharpness", BATCH, "", (curvature / square, square**0.5, self.loss.examples))
+
+    def _spectrum(self, run: Krylov, top: Eigenvalues) -> Estimate:
+        H = self.hessian
+        for i in range(len(top)):
+            self._emit("hessian_eigenvalue", EIGENVALUE, f"eigenvalue[{i + 1}]", _first(top, i))
+        trace, norm = traces(H, run, samples=SAMPLES, seed=self.moment.step)
+        self._emit("hessian_trace", TRACE, "", (trace.value, trace.stderr, norm.value, norm.stderr, trace.samples))
+        density = SpectralDensity.of([run], H.n)
+        smallest = run.smallest
+        self._emit(
+            "spectral_density", DENSITY, "",
+            (density.negative_ratio(), density.negative_weight(), density.negative, smallest.values[0],
+             smallest.residuals[0], len(density.nodes)),
+        )  # fmt: skip
+        self.moment.table("spectral_density", pa.table({"node": density.nodes, "weight": density.weights}))
+        return trace
+
+    def _edge(self, top: Eigenvalues, trace: Estimate | None) -> None:
+        optimizers = self.loss.optimizers
+        first = next(iter(self.hessian.closure.named().values()))
+        if not any(o.state for o in optimizers) and any("betas" in o.defaults or "alpha" in o.defaults for o in optimizers):
+            return  # before its first update an adaptive optimizer has no scale
+        try:
+            s = stability(
+                self.hessian, optimizers, top=top, trace=trace.value if trace else None, seed=self.moment.step,
+                max_products=MOST, max_basis=self.basis,
+            )  # fmt: skip
+        except UsageError as e:
+            self._tell(f"edge_of_stability is not recorded: {e}")
+            return
+        self._emit("edge_of_stability", EDGE, "", (s.ratio, s.threshold, s.largest_learning_rate, float(s.converged)))
+        if s.products and s.sharpness is not None:
+            self._emit("preconditioned_sharpness", PRECONDITIONED, "", (s.sharpness, s.threshold, float(s.converged)))
+        if s.sgd_ratio is not None and trace is not None and s.learning_rate is not None:
+            self._emit("sgd_stability", SGD, "", (s.sgd_ratio, s.learning_rate * trace.stderr / 2))
+
+    def _opposing(self, u: Tensor) -> None:
+        if not self.loss.tapes:
+            return
+        tape, H = self.loss.tapes[0], self.hessian
+        # as an output of the closure, so that random numbers and buffers are in order
+        calls = self.closure.outputs(Batch(lambda: tape.copy().calls(F.cross_entropy), lambda x: x))
+        losses = [_rows(args, kwargs) for args, kwargs, _ in calls]
+        losses = [(loss, counted) for loss, counted in losses if loss.requires_grad]
+        if not losses:
+            return
+        rows, counted = (torch.cat(parts) for parts in zip(*losses, strict=True))
+        p = _slopes(rows, H, u)[counted].double().cpu().numpy()
+        at = counted.nonzero()[:, 0].cpu().numpy()
+        if len(p) < 2 or not np.isfinite(p).all() or not p.any():
+            return
+        (up, up_mean), (down, down_mean) = _group(p), _group(-p)
+        cancelled = 1 - abs(float(p.sum())) / float(np.abs(p).sum())
+        typical = float(np.median(np.abs(p)))
+        self._emit("opposing_signals", OPPOSING, "", (len(p), up, down, up_mean, -down_mean, typical, cancelled))
+        order = np.argsort(p)
+        strongest = np.unique(np.concatenate([order[:STRONGEST], order[-STRONGEST:]]))
+        strongest = strongest[np.argsort(p[strongest])]
+        own = rows.detach().double().cpu().numpy()[at[strongest]]
+        table = pa.table({"row": at[strongest], "projection": p[strongest], "loss": own})
+        self.moment.table("opposing_signals", table)
+
+    def _blocks(self) -> None:
+        asked = self.options.blocks
+        found = block_spectra(
+            self.closure.model, self.closure, blocks=None if isinstance(asked, bool) else asked, top=1, bottom=0,
+            steps=0, samples=0, max_products=MOST, seed=self.moment.step,
+        )  # fmt: skip
+        for name, s in found.items():
+            self._emit("block_sharpness", EIGENVALUE, name, _first(s.largest))
+
+    def _emit(self, reads: str, stats: Sequence[str], module: str, values: Sequence[float | None]) -> None:
+        """Into the row of this step; None is absent."""
+        recorder = self.moment.recorder
+        numbers = torch.tensor([0.0 if v is None else float(v) for v in values], device=recorder.device)
+        absent = [i for i, v in enumerate(values) if v is None]
+        recorder.emit(reads, stats, module, numbers, absent=absent)
+
+    def _tell(self, text: str) -> None:
+        if text not in self.now.told:
+            self.now.told.add(text)
+            self.moment.recorder.flusher.warn(text)
+
+
+def _first(e: Eigenvalues, i: int = 0) -> tuple[float, float, float]:
+    return float(e.values[i]), float(e.residuals[i]), float(e.converged[i])
+
+
+def _honest(e: Eigenvalues, run: Krylov) -> Eigenvalues:
+    """Nothing has converged where the operator was not even symmetric."""
+    return e if run.asymmetry <= ASYMMETRY else Eigenvalues(e.values, e.residuals, np.zeros_like(e.converged))
+
+
+_CROSS_ENTROPY = inspect.signature(F.cross_entropy)
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Every row's own loss of one call of cross_entropy, ``(row,)``, and which of them count."""
+    bound = _CROSS_ENTROPY.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments | {"reduction": "none", "size_average": None, "reduce": None}
+    loss = F.cross_entropy(**call).reshape(-1)
+    target = call["target"]
+    if target.is_floating_point():
+        return loss, torch.ones_like(loss, dtype=torch.bool)
+    return loss, target.reshape(-1) != call["ignore_index"]
+
+
+def _slopes(losses: Tensor, H: Hessian, u: Tensor) -> Tensor:
+    """u'∇ℓ_i for all rows: the derivative of u'Σ w_i ∇ℓ_i, which is linear in w, with respect to w."""
+    w = torch.zeros_like(losses, requires_grad=True)
+    pulled = torch.autograd.grad(losses, H.point.leaves, w, create_graph=True, allow_unused=True)
+    used = [i for i, t in enumerate(pulled) if t is not None and t.requires_grad]
+    parts = H.point.split(u)
+    (slopes,) = torch.autograd.grad([pulled[i] for i in used], w, [parts[i] for i in used])
+    return slopes
+
+
+def _group(p: Array) -> tuple[int, float]:
+    """The least number of rows that hold half of what is positive in ``p``, and their mean."""
+    ranked = np.sort(p[p > 0])[::-1]
+    if not ranked.size:
+        return 0, 0.0
+    size = int(np.searchsorted(np.cumsum(ranked), 0.5 * ranked.sum())) + 1
+    return size, float(ranked[:size].mean())
