@@ -51,9 +51,20 @@ from monitor.record.sites.stream import StreamSite
 #: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
 BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
 _SITES: tuple[type[Site], ...] = (
-    InputSite, ActivationSite, StreamSite, NormSite, AttentionSite, RouterSite, LossSite, LogitsSite, GradientSite, ParameterSite, StateSite,
-    LoggedSite, ProbeSite,
-)  # fmt: skip
+    InputSite,
+    ActivationSite,
+    StreamSite,
+    NormSite,
+    AttentionSite,
+    RouterSite,
+    LossSite,
+    LogitsSite,
+    GradientSite,
+    ParameterSite,
+    StateSite,
+    LoggedSite,
+    ProbeSite,
+)
 
 
 class Recorder:
@@ -174,6 +185,11 @@ class Recorder:
     def roots(self) -> Sequence[nn.Module]:
         """The root modules that are followed, unwrapped."""
         return self._roots
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers that have made an update and are alive."""
+        return [o for known in self._optimizers if (o := known()) is not None]
 
     def parameter(self, p: Tensor) -> str:
         """Name of a parameter; one that belongs to no followed module is named by its place in an optimizer."""
