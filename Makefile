@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
-SAMPLES := modular_addition_collapse digits_input_jump modular_addition_orthogonal
+SAMPLES := $(basename $(notdir $(wildcard sample_runs/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench docs sample-runs clean

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import monitor
+from monitor_cli.compare import compare
 from monitor_cli.dashboard import dashboard
 from monitor_cli.explain import explain
 from monitor_cli.inspect_ import inspect
@@ -25,7 +26,7 @@ app = typer.Typer(
 
 # A script's own options follow its name, and "--help" after it is the script's.
 app.command(context_settings={"allow_interspersed_args": False})(run)
-for command in (inspect, explain, dashboard):
+for command in (inspect, compare, explain, dashboard):
     app.command()(command)
 
 # A terminal that cannot show a sparkline gets these instead, in place of an error.

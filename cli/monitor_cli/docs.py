@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from monitor.diagnosis.text import number
 from monitor.metric import Metric, load_metrics
 from monitor.rule import Rule, load_rules
-from monitor_cli import jsonout
+from monitor_cli import json_compare, jsonout
 from monitor_cli.app import app
 from monitor_cli.render import paragraphs
 
@@ -72,7 +72,9 @@ def cli_page() -> str:
     lines = ["# The command `monitor`", "", MADE.format("`monitor --help` and the files in `monitor_cli/`"), ""]
     for name in ("", *(c.callback.__name__ for c in app.registered_commands if c.callback)):
         lines += [f"## monitor {name}".rstrip(), "", "```text", _help(name), "```", ""]
-    return "\n".join([*lines, "## inspect --json", "", *_markdown(jsonout.__doc__ or "")]) + "\n"
+    for command, module in (("inspect", jsonout), ("compare", json_compare)):
+        lines += [f"## {command} --json", "", *_markdown(module.__doc__ or ""), ""]
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def _help(name: str) -> str:

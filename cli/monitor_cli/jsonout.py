@@ -12,6 +12,7 @@
                 first_step, last_step, peak_step, open, count, value, threshold, evidence (name -> number), order, text
                 (one sentence), thresholds (name, value, unit, source: where the threshold comes from), experimental
     unjudged    rule -> why it could not decide
+    skipped     those of them that judge what the run does not have (no router, no attention, …)
 
 NaN and infinities are the strings "nan", "inf" and "-inf", so that every JSON parser reads it. Names stand as they were
 recorded; whoever shows them in a terminal must escape them.
@@ -35,7 +36,7 @@ SCHEMA = 1
 
 def dumps(view: View) -> str:
     """``view`` as one line of strict ASCII JSON."""
-    return json.dumps(_strict(document(view)), allow_nan=False)
+    return json.dumps(strict(document(view)), allow_nan=False)
 
 
 def document(view: View) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def document(view: View) -> dict[str, Any]:
         "incidents": [_incident(view, i) for i in verdict.incidents],
         "findings": [_finding(view, f) for f in run.findings()],
         "unjudged": dict(verdict.unjudged),
+        "skipped": list(verdict.inapplicable),
     }
 
 
@@ -97,11 +99,12 @@ def _number(n: Number) -> dict[str, Any]:
     }
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """``value`` with text in place of every number that JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _strict(v) for k, v in value.items()}
+        return {str(k): strict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
+        return [strict(v) for v in value]
     return value

@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from monitor.block import Steps
 from monitor.diagnosis.finding import Finding, Incident
+from monitor.diagnosis.incident import together
 from monitor.diagnosis.report import describe
 from monitor.diagnosis.text import BADGES, duration, number, place, plain, when
 from monitor.errors import RunFormatError
@@ -25,7 +27,7 @@ from monitor.metric import Metric
 from monitor.rule import HEADINGS, Remedy, Rule
 from monitor.store.parts import Values
 from monitor.store.run import open_run
-from monitor_cli.view import Number, View, started, together
+from monitor_cli.view import KEY, Number, View, started
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 NONFINITE = "×"
@@ -40,16 +42,28 @@ FULL, BRIEF = 1, 2
 FEW = 4
 #: Remedies shown before `monitor explain` is pointed at.
 REMEDIES = 2
-#: What "unjudged" says already.
-THIN = "not enough evidence: "
+#: What "unjudged" and "skipped" say already.
+THIN, BESIDE = "not enough evidence: ", "not applicable: "
 #: Rows of the table of runs.
 MANY = 12
+
+#: Columns of which the table shows one module, and says which.
+ONE_OF_MANY = {ref for ref, which in KEY if which != "all"}
 
 COLOURS = {"healthy": "green", "info": "cyan", "warning": "yellow", "critical": "red", "not_enough_evidence": "magenta"}
 LABEL = 9
 
 
-def spark(steps: Steps, high: Values, last: int, width: int, log: bool) -> str:
+class Frame(NamedTuple):
+    """Steps and values that several curves share."""
+
+    first: int
+    last: int
+    low: float
+    high: float
+
+
+def spark(steps: Steps, high: Values, last: int, width: int, log: bool, frame: Frame | None = None) -> str:
     """A curve as ``width`` blocks of eight levels, each the highest value of its steps, so that no spike is lost.
 
     Args:
@@ -58,18 +72,24 @@ def spark(steps: Steps, high: Values, last: int, width: int, log: bool) -> str:
         last: last step of the curve.
         width: cells to fill; fewer if there are fewer bands.
         log: logarithmic scale; values ≤ 0 then stand on the floor.
+        frame: what all cells together span, where it is not this curve alone; there is then a cell for each.
 
     Returns:
         The line; cells without a value are blank.
     """
-    cells = min(width, len(steps))
+    cells = min(width, len(steps)) if frame is None else width
     if cells < 1:
         return ""
     first, last = int(steps.min()), max(last, int(steps.max()))  # a resumed run may have gone back
+    extremes = np.zeros(0, np.float32)
+    if frame is not None:
+        first, last = frame.first, frame.last
+        extremes = np.array([frame.low, frame.high], np.float32)
     cell = (steps - first) * cells // (last - first + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.where(high > 0, np.log(high), -math.inf) if log else high
-    drawn = scaled[np.isfinite(scaled)]
+        scaled, limits = (np.where(v > 0, np.log(v), -math.inf) if log else v for v in (high, extremes))
+    drawn = scaled if frame is None else limits
+    drawn = drawn[np.isfinite(drawn)]
     low, span = (float(drawn.min()), float(np.ptp(drawn))) if len(drawn) else (0.0, 0.0)
     line = [" "] * cells
     for c in range(cells):
@@ -186,7 +206,7 @@ def _curves(view: View) -> Iterable[RenderableType]:
 
 def _verdict(view: View) -> RenderableType:
     level, text = view.verdict.level, plain(view.verdict.text, 600)
-    return _rows([(badge(level), Text(text, "bold"))], gap=2)
+    return labelled([(badge(level), Text(text, "bold"))], gap=2)
 
 
 def _incidents(view: View, everything: bool) -> Iterable[RenderableType]:
@@ -207,28 +227,28 @@ def _incident(view: View, incident: Incident, everything: bool, brief: bool) -> 
     title = Text(plain(head.title), f"bold {COLOURS[incident.severity]}")
     for part in (incident.severity, when(head, rule), place(head)):
         title.append(f"  {part}", "not bold default")
-    rows: list[tuple[RenderableType, RenderableType]] = [(_label("what"), _sentence(head, rule))]
+    rows: list[tuple[RenderableType, RenderableType]] = [(caption("what"), _sentence(head, rule))]
     if brief:
         counted = [f"{1 + others:,} × {plain(f.title)}" for f, others in together(incident.consequences)]
         if counted:
-            rows.append((_label("with"), Text(", ".join(counted))))
-        return Group(title, Padding(_rows(rows), (0, 0, 0, 2)))
+            rows.append((caption("with"), Text(", ".join(counted))))
+        return Group(title, Padding(labelled(rows), (0, 0, 0, 2)))
     if incident.consequences:
         # information may be older than the trouble it belongs to
         earlier = [f for f in incident.consequences if f.first_step < head.first_step]
         later = [f for f in incident.consequences if f.first_step >= head.first_step]
         rows += [
-            (_label(label), _findings(view, some, everything))
+            (caption(label), _findings(view, some, everything))
             for label, some in (("before", earlier), ("then", later))
             if some
         ]
     if rule is not None:
         count = len(rule.remedies) if everything else REMEDIES
-        rows += [(_label("or" if i else "do"), _remedy(r)) for i, r in enumerate(rule.remedies[:count])]
+        rows += [(caption("or" if i else "do"), _remedy(r)) for i, r in enumerate(rule.remedies[:count])]
         if len(rule.remedies) > count:
             rows.append(("", Text(f"… and {len(rule.remedies) - count} more: monitor explain {rule.id}", "dim")))
-        rows.append((_label("unless"), Text(rule.refute, "dim")))
-    return Group(title, Padding(_rows(rows), (0, 0, 0, 2)))
+        rows.append((caption("unless"), Text(rule.refute, "dim")))
+    return Group(title, Padding(labelled(rows), (0, 0, 0, 2)))
 
 
 def _sentence(f: Finding, rule: Rule | None) -> Text:
@@ -284,7 +304,7 @@ def _numbers(view: View, everything: bool) -> RenderableType | None:
         for series in shown:
             s = series.summary
             name = Text(ref)
-            if len(several) > 1 or s.metric == "logged":
+            if len(several) > 1 or s.metric == "logged" or ref in ONE_OF_MANY:
                 name.append(f" {plain(s.module, 20)}", "dim")
             if _unit(series.unit):
                 name.append(f" [{series.unit}]", "dim")
@@ -298,22 +318,26 @@ def _notes(view: View, everything: bool) -> RenderableType:
     rows: list[tuple[RenderableType, RenderableType]] = []
     fraction = view.overhead.get("fraction")
     if isinstance(fraction, int | float):
-        rows.append((_label("cost"), Text(f"recording took {fraction:.1%} of the training time", "dim")))
+        rows.append((caption("cost"), Text(f"recording took {fraction:.1%} of the training time", "dim")))
 
     def add(label: str, lines: Sequence[str]) -> None:
         shown = lines if everything else lines[:FEW]
         if len(lines) > len(shown):
             shown = [*shown, f"… and {len(lines) - len(shown)} more, --all lists them"]
         if shown:
-            rows.append((_label(label), Text("\n".join(shown), "dim")))
+            rows.append((caption(label), Text("\n".join(shown), "dim")))
 
     add("absent", [f"{plain(what, 40)}: {plain(why)}" for what, why in view.absent])
-    add("unjudged", [f"{r}: {plain(why.removeprefix(THIN))}" for r, why in view.verdict.unjudged.items()])
+    verdict = view.verdict
+    add("unjudged", [f"{r}: {plain(why.removeprefix(THIN))}" for r, why in verdict.thin.items()])
+    if everything:
+        add("skipped", [f"{r}: {plain(verdict.unjudged[r].removeprefix(BESIDE))}" for r in verdict.inapplicable])
     add("warnings", [plain(w) for w in view.run.warnings])
-    return _rows(rows)
+    return labelled(rows)
 
 
-def _label(text: str) -> Text:
+def caption(text: str) -> Text:
+    """What stands on the left of a line."""
     return Text(f"{text:<{LABEL}}", "dim")
 
 
@@ -321,7 +345,7 @@ def _unit(unit: str) -> str:
     return "" if unit == "1" else unit
 
 
-def _rows(rows: Iterable[tuple[RenderableType, RenderableType]], gap: int = 1) -> Table:
+def labelled(rows: Iterable[tuple[RenderableType, RenderableType]], gap: int = 1) -> Table:
     """Labels on the left, text that wraps under itself on the right."""
     grid = Table.grid(padding=(0, gap, 0, 0))
     grid.add_column(no_wrap=True)
@@ -353,13 +377,13 @@ def metric(m: Metric) -> RenderableType:
     for c in m.columns:
         columns.add_row(Text(f"{m.id}.{c.name}", "bold"), Text(f"[{c.unit}]", "dim"), c.doc)
     rows: list[tuple[RenderableType, RenderableType]] = [
-        (_label("site"), Text(m.site)),
-        (_label("cost"), Text(m.cost)),
-        (_label("source"), Text(m.source)),
+        (caption("site"), Text(m.site)),
+        (caption("cost"), Text(m.cost)),
+        (caption("source"), Text(m.source)),
     ]
     if m.needs:
-        rows.append((_label("from"), Text(", ".join(m.needs) + "; computed when asked for, not stored")))
-    return Group(_title(m.id, m.title), *_prose(m.doc), columns, "", _rows(rows))
+        rows.append((caption("from"), Text(", ".join(m.needs) + "; computed when asked for, not stored")))
+    return Group(_title(m.id, m.title), *_prose(m.doc), columns, "", labelled(rows))
 
 
 def rule(r: Rule) -> RenderableType:
@@ -371,13 +395,13 @@ def rule(r: Rule) -> RenderableType:
     for remedy in r.remedies:
         remedies.add_row("·", _remedy(remedy))
     rows: list[tuple[RenderableType, RenderableType]] = [
-        (_label("severity"), Text(r.severity + (", experimental" if r.experimental else ""))),
-        (_label("reads"), Text(", ".join(r.needs) or "facts of the run")),
-        (_label("numbers"), params),
-        (_label("remedies"), remedies),
-        (_label("unless"), Text(r.refute)),
+        (caption("severity"), Text(r.severity + (", experimental" if r.experimental else ""))),
+        (caption("reads"), Text(", ".join(r.needs) or "facts of the run")),
+        (caption("numbers"), params),
+        (caption("remedies"), remedies),
+        (caption("unless"), Text(r.refute)),
     ]
-    return Group(_title(r.id, r.title), *_prose(r.doc), _rows(rows))
+    return Group(_title(r.id, r.title), *_prose(r.doc), labelled(rows))
 
 
 def _title(name: str, title: str) -> Text:

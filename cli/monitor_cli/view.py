@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from monitor.diagnosis.finding import Finding, Verdict
 from monitor.metric import load_metrics
 from monitor.rule import Param, Rule, load_rules
 from monitor.store.run import Run, SeriesSummary
 
-#: The metric whose curve heads the screen.
-CURVE = "loss"
-#: Metrics whose last values are shown, in this order. ``--all`` shows every metric that is drawn as lines.
-KEY = (
-    "logged",
-    "train_accuracy",
-    "grad_norm_total",
-    "logit_norm",
-    "loss_zero_frac",
-    "learning_rate",
-    "loss_scale",
-    "step_time",
+#: The column whose curve heads the screen.
+CURVE = "loss.value"
+#: What the table shows where it was recorded, in this order: a column, and of its modules all, or the one that reached
+#: the largest or the smallest value. ``--all`` shows every metric that is drawn as lines.
+KEY: tuple[tuple[str, Literal["all", "largest", "smallest"]], ...] = (
+    ("logged.value", "all"),
+    ("train_accuracy.accuracy", "all"),
+    ("grad_norm_total.norm", "all"),
+    ("logit_norm.mean", "all"),
+    ("loss_zero_frac.frac", "all"),
+    ("attn_logit_max.lse_max", "largest"),
+    ("attn_entropy.normalised", "smallest"),
+    ("router_balance.cv", "largest"),
+    ("residual_stream.rms", "largest"),
+    ("norm_layer.rms", "largest"),
+    ("memorisation.fraction", "all"),
+    ("sharpness.value", "largest"),
+    ("edge_of_stability.ratio", "largest"),
+    ("learning_rate.lr", "all"),
+    ("loss_scale.scale", "all"),
+    ("step_time.seconds", "all"),
 )
 
 
@@ -76,18 +85,24 @@ def look(run: Run, everything: bool = False) -> View:
 
     Args:
         run: an open run.
-        everything: take every metric drawn as lines, not only `KEY`.
+        everything: take every metric drawn as lines, not what `KEY` says.
     """
     info, facts = run.info, run.facts
     known = load_metrics()
-    recorded = [name for name in run.metrics() if name in known]
-    shown = [name for name in recorded if known[name].plot.kind == "line"] if everything else KEY
+    recorded = {f"{m}.{c}" for m, columns in run.metrics().items() for c in columns}
+    mains = [(f"{name}.{known[name].plot.column}", "all") for name in run.metrics() if name in known]
+    lines = [(ref, which) for ref, which in mains if known[ref.partition(".")[0]].plot.kind == "line"]
     return View(
         run=run,
         verdict=run.verdict(),
         rules=load_rules(),
-        curve=_numbers(run, (CURVE,)),
-        numbers=_numbers(run, [name for name in shown if name in recorded and name != CURVE]),
+        curve=_numbers(run, CURVE, "all"),
+        numbers=tuple(
+            n
+            for ref, which in (lines if everything else KEY)
+            if ref in recorded and ref != CURVE
+            for n in _numbers(run, ref, which)
+        ),
         model=str(facts.get("class", "")),
         parameters=sum(n for p in facts.get("parameters", ()) if isinstance(n := p.get("numel"), int)),
         started=started(run),
@@ -103,12 +118,19 @@ def started(run: Run) -> datetime | None:
     return _time(run.info["created"])
 
 
-def _numbers(run: Run, metrics: Iterable[str]) -> tuple[Number, ...]:
-    found = []
-    for m in (load_metrics()[name] for name in metrics):
-        ref = f"{m.id}.{m.plot.column}"
-        found += [Number(ref, m.column(m.plot.column).unit, m.plot.log, s) for s in run.summary(ref)]
-    return tuple(found)
+def _numbers(run: Run, ref: str, which: str) -> tuple[Number, ...]:
+    """The series of a column, or the one that went furthest; none if this version does not know the column."""
+    name, _, column = ref.partition(".")
+    m = load_metrics().get(name)
+    unit = next((c.unit for c in m.columns if c.name == column), None) if m else None
+    if m is None or unit is None:
+        return ()
+    found = run.summary(ref)
+    if which == "largest":
+        found = sorted(found, key=lambda s: -math.inf if math.isnan(s.max) else s.max)[-1:]
+    elif which == "smallest":
+        found = sorted(found, key=lambda s: math.inf if math.isnan(s.min) else s.min)[:1]
+    return tuple(Number(ref, unit, m.plot.log, s) for s in found)
 
 
 def _seconds(run: Run) -> float:
@@ -132,13 +154,3 @@ def _time(text: str | None) -> datetime | None:
 def thresholds(finding: Finding, rule: Rule) -> tuple[Param, ...]:
     """The parameters of ``rule`` that say where a finding's threshold comes from: those of its value, or else all."""
     return tuple(p for p in rule.params if math.isclose(p.value, finding.threshold)) or rule.params
-
-
-def together(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
-    """Findings of one rule as the earliest of them and the number of others, in the order of the earliest."""
-    first: dict[str, Finding] = {}
-    others: dict[str, int] = {}
-    for f in findings:
-        first.setdefault(f.rule, f)
-        others[f.rule] = others.get(f.rule, -1) + 1
-    return [(f, others[rule]) for rule, f in first.items()]

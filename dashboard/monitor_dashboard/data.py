@@ -17,8 +17,9 @@ import numpy.typing as npt
 import streamlit as st
 
 from monitor.diagnosis.finding import Verdict
+from monitor.diagnosis.phases import Phases, phases
 from monitor.errors import RunFormatError
-from monitor.metric import SITES, Metric, load_metrics
+from monitor.metric import SITES, Block, Metric, load_metrics
 from monitor.store.run import Run, find_runs, open_run
 from monitor_dashboard import sampling
 from monitor_dashboard.sampling import Floats, Grid, Line
@@ -109,6 +110,12 @@ class View:
             return self.run.verdict()
 
     @cached_property
+    def phases(self) -> Phases | None:
+        """When it memorised and when it generalised; None if nothing held out was logged."""
+        with self._lock:
+            return phases(self.run)
+
+    @cached_property
     def warnings(self) -> list[str]:
         """What could not be recorded or read."""
         with self._lock:
@@ -130,6 +137,11 @@ class View:
         with self._lock:
             return self.run.modules(ref)
 
+    def before(self, ref: str, step: int, back: int) -> Block:
+        """All modules of ``ref`` over the ``back`` steps up to and with ``step``."""
+        with self._lock:
+            return self.run.block(ref, self.modules(ref), step - back + 1, step)
+
     def decades(self, ref: str) -> float:
         """How far ``ref`` ranges: its largest over its smallest positive value; 1 if there is none."""
         with self._lock:
@@ -144,8 +156,8 @@ class View:
         has = block.has(ref)[:, 0]
         return sampling.line(block.steps[has], block[ref][has, 0], log=log)
 
-    def _grid(self, ref: str, first: int, last: int) -> Grid:
-        modules = self.modules(ref)
+    def _grid(self, ref: str, first: int, last: int, only: tuple[str, ...] = ()) -> Grid:
+        modules = only or self.modules(ref)
         with self._lock:
             steps = self.run.block(ref, modules[:1], first, last).steps
         interval = int(np.median(np.diff(steps))) if len(steps) > 1 else 1

@@ -67,6 +67,45 @@ class Pin:
     text: str
 
 
+@dataclass(frozen=True)
+class Band:
+    """A named stretch of steps, first and last inclusive; ``name`` is plain text."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One value of each head of attention at one step.
+
+    Attributes:
+        layers: names of the rows, plain text.
+        values: ``(layer, head)``.
+        state: ``(layer, head)`` of `monitor_dashboard.sampling`: which of them are values, NaN, infinite or missing.
+    """
+
+    layers: tuple[str, ...]
+    values: Floats
+    state: np.ndarray[Any, np.dtype[np.int8]]
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Spectral densities at several steps, as weighted nodes; every array is ``(node,)``, of all steps together.
+
+    Attributes:
+        steps: where each was measured.
+        nodes: eigenvalues.
+        weights: a node's share of all eigenvalues of its step.
+    """
+
+    steps: Floats
+    nodes: Floats
+    weights: Floats
+
+
 class _Sheet:
     """A figure as plain data, made into a plotly figure once: its own update methods take four times as long.
 
@@ -240,6 +279,126 @@ def _pins(sheet: _Sheet, pins: Sequence[Pin], bottom: float) -> None:
             )  # fmt: skip
 
 
+def phases(
+    panels: Sequence[Panel], bands: Sequence[Band], window: tuple[int, int], p: Palette, *, log_steps: bool
+) -> go.Figure:
+    """Strips of lines as in `lines`, with named stretches of steps behind all of them.
+
+    Args:
+        panels: at least one, from the top.
+        bands: stretches that follow one another.
+        window: first and last step.
+        p: colours.
+        log_steps: logarithmic steps, which show what happened early; step 0 has no place there.
+    """
+    figure: Any = lines(panels, [], window, p)
+    first, last = (max(1, step) for step in window)
+    room = 22 if bands else 0
+    figure.layout.margin.t += room
+    figure.layout.height += room
+    figure.layout.dragmode = False
+    if log_steps:
+        figure.layout.xaxis.type = "log"
+        figure.layout.xaxis.range = [math.log10(first), math.log10(max(last, first + 1))]
+    shapes, names = list(figure.layout.shapes), list(figure.layout.annotations)
+    width = (math.log10(last) - math.log10(first)) if log_steps else window[1] - window[0]
+    for i, band in enumerate(bands):
+        # each begins where the one before ended, so that no step lies between two
+        low, high = (max(x, first) if log_steps else x for x in (band.first, band.last + 1))
+        over = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+        shapes.append(over | {
+            "type": "rect", "x0": low, "x1": high, "fillcolor": p.lines[0], "opacity": 0.05 + 0.03 * (i % 2),
+            "line": {"width": 0},
+        })  # fmt: skip
+        shapes.append(over | {
+            "type": "line", "x0": low, "x1": low, "line": {"color": p.faded, "width": 1, "dash": "dot"},
+        })  # fmt: skip
+        a, b = (math.log10(x) if log_steps else x for x in (low, high))
+        if (b - a) * 900 > 6 * len(band.name) * width:  # room for the name on a chart of 900 pixels
+            names.append({
+                "xref": "x", "yref": "paper", "x": a, "y": 1, "yshift": 18, "xanchor": "left", "yanchor": "top",
+                "text": html(band.name, 20), "showarrow": False, "borderpad": 2,
+                "font": {"size": 11, "color": p.faded},
+            })  # fmt: skip
+    figure.layout.shapes, figure.layout.annotations = shapes, names
+    return figure
+
+
+def head_map(heads: Heads, caption: str, selected: str, p: Palette, *, log: bool) -> tuple[go.Figure, list[str]]:
+    """Layers × heads of attention, coloured by the value of each; non-finite cells have a colour of their own.
+
+    Args:
+        heads: what to draw.
+        caption: what is drawn, plain text.
+        selected: module of the head to frame.
+        p: colours.
+        log: as in `heat_map`.
+
+    Returns:
+        The figure, and the module of each of its points that can be clicked, by number.
+    """
+    layers, widest = heads.state.shape
+    height = int(np.clip(layers * 30, 60, 480))
+    shade = np.where(heads.state == VALUE, heads.values, np.nan)
+    low, high = _span(np.log10(shade[shade > 0]) if log else shade)
+    if log:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shade = np.where(shade > 0, np.log10(shade), np.where(heads.state == VALUE, low, np.nan))
+    sheet = _Sheet((0, widest - 1), height, 32, p)
+    shared = {
+        "type": "heatmap",
+        "x": np.arange(widest),
+        "y": np.arange(layers),
+        "hoverinfo": "skip",
+        "xgap": 1,
+        "ygap": 1,
+    }
+    ticks, words = _ticks(low, high, log)
+    told = [[number(v) if s != MISSING else "" for v, s in zip(*row, strict=True)]
+            for row in zip(heads.values, heads.state, strict=True)]  # fmt: skip
+    written = {"text": told, "texttemplate": "%{text}", "textfont": {"size": 11}}
+    sheet.traces += [
+        shared | {
+            "z": shade.astype(np.float32), "zmin": low, "zmax": high,
+            "colorscale": [[i / (len(p.scale) - 1), colour] for i, colour in enumerate(p.scale)],
+            "colorbar": {
+                "orientation": "h", "thickness": 6, "len": 0.3, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
+                "tickvals": ticks, "ticktext": words, "tickfont": {"size": 10, "color": p.faded}, "outlinewidth": 0,
+                "ypad": 8, "xpad": 0, "ticklabelposition": "outside top",
+            },
+        }
+        | (written if widest <= 16 and layers <= 24 else {}),
+        shared | {
+            "z": np.where(heads.state >= NAN, 1.0, np.nan).astype(np.float32), "zmin": 0, "zmax": 1,
+            "colorscale": [[0, p.broken], [1, p.broken]], "showscale": False,
+        },
+    ]  # fmt: skip
+    rows, columns = np.nonzero(heads.state != MISSING)
+    modules = [f"{heads.layers[i]}[{j}]" for i, j in zip(rows, columns, strict=True)]
+    # as in heat_map: a click is reported for a point only
+    sheet.line(
+        x=columns, y=rows, mode="markers", marker={"color": "rgba(0,0,0,0)", "size": 24},
+        customdata=[[_template(html(m, 70)), told[i][j]] for m, i, j in zip(modules, rows, columns, strict=True)],
+        hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
+    )  # fmt: skip
+    if selected in modules:
+        i, j = rows[modules.index(selected)], columns[modules.index(selected)]
+        sheet.shapes.append({
+            "type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5,
+            "line": {"color": p.text, "width": 1.6},
+        })  # fmt: skip
+    every = max(1, -(-layers * 12 // height))
+    sheet.layout["yaxis"] = {
+        "range": [layers - 0.5, -0.5], "tickvals": np.arange(layers)[::every], "fixedrange": True,
+        "ticktext": [html(name, 28) for name in heads.layers][::every], "showgrid": False,
+        "zeroline": False, "tickfont": {"size": 11, "color": p.text}, "ticklabelstandoff": 4,
+    }  # fmt: skip
+    sheet.xaxis |= {"range": [-0.5, widest - 0.5], "tickprefix": "head ", "dtick": max(1, -(-widest // 16)), "tick0": 0}
+    sheet.gutter(1, -22, html(caption, 36), p.faded, 11)
+    sheet.layout |= {"hovermode": "closest", "hoverdistance": -1, "dragmode": False}
+    return sheet.figure(), modules
+
+
 def heat_map(
     grid: Grid, caption: str, selected: str, window: tuple[int, int], p: Palette, *, log: bool
 ) -> tuple[go.Figure, list[str]]:
@@ -318,6 +477,62 @@ def heat_map(
     sheet.gutter(1, -22, html(caption, 36), p.faded, 11)
     sheet.layout |= {"hovermode": "closest", "hoverdistance": -1}
     return sheet.figure(), curves
+
+
+def spectra(found: Spectra, caption: str, unit: str, window: tuple[int, int], p: Palette) -> go.Figure:
+    """Nodes of spectral densities over steps, coloured by the logarithm of their weights.
+
+    The scale is linear up to a ten-thousandth of the largest node and logarithmic beyond, on both sides of zero.
+
+    Args:
+        found: at least one node.
+        caption: what is drawn, plain text.
+        unit: of the nodes.
+        window: first and last visible step.
+        p: colours.
+    """
+    height = 300
+    sheet = _Sheet(window, height, 32, p)
+    largest = float(np.abs(found.nodes).max()) or 1.0
+    unit_height = 1e-4 * largest
+
+    def up(x: Floats) -> Floats:
+        return np.sign(x) * np.log10(1 + np.abs(x) / unit_height)
+
+    shade = np.log10(np.maximum(found.weights, 1e-12))
+    low, high = _span(shade)
+    ticks, words = _ticks(low, high, log=True)
+    colours = p.scale[2:]  # a single outlier must be seen, however little it weighs
+    told = [f"{number(x)} · share {number(w)}" for x, w in zip(found.nodes, found.weights, strict=True)]
+    sheet.line(
+        x=found.steps, y=up(found.nodes), mode="markers", customdata=told,
+        marker={
+            "symbol": "square", "size": 5, "color": shade.astype(np.float32), "cmin": low, "cmax": high,
+            "colorscale": [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)],
+            "colorbar": {
+                "orientation": "h", "thickness": 6, "len": 0.3, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
+                "tickvals": ticks, "ticktext": words, "tickfont": {"size": 10, "color": p.faded}, "outlinewidth": 0,
+                "ypad": 8, "xpad": 0, "ticklabelposition": "outside top",
+            },
+        },
+        hovertemplate="step %{x:,d}  <b>%{customdata}</b><extra></extra>",
+    )  # fmt: skip
+    top = math.floor(math.log10(largest))
+    powers = [10.0**k for k in range(top - 3, top + 1)]
+    labels = np.array([*(-v for v in powers[::-1]), 0.0, *powers])
+    labels = labels[(labels >= min(0.0, found.nodes.min())) & (labels <= max(0.0, found.nodes.max()))]
+    ends = up(np.array([min(0.0, found.nodes.min()), max(0.0, found.nodes.max())]))
+    sheet.layout["yaxis"] = {
+        "range": [ends[0] - 0.25, ends[1] + 0.25], "tickvals": up(labels), "ticktext": [number(v) for v in labels],
+        "fixedrange": True, "gridcolor": p.border, "zeroline": True, "zerolinecolor": p.faded, "zerolinewidth": 1,
+        "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
+    }  # fmt: skip
+    words_below = html_lines(caption, 27)
+    sheet.gutter(1, 0, "<b>spectral_density</b>", p.text, 13)
+    sheet.gutter(1, 17, words_below, p.faded, 11)
+    sheet.gutter(1, 34 + 13 * words_below.count("<br>"), html(unit, 24), p.faded, 11)
+    sheet.layout |= {"hovermode": "closest", "dragmode": False}
+    return sheet.figure()
 
 
 def _ticks(low: float, high: float, log: bool) -> tuple[list[float], list[str]]:

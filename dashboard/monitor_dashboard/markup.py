@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
 from monitor.diagnosis.finding import Finding, Incident, Verdict
+from monitor.diagnosis.incident import together
 from monitor.diagnosis.report import describe
 from monitor.diagnosis.text import number, place, plain, when
 from monitor.rule import Rule
@@ -66,12 +67,8 @@ def _where(finding: Finding, rule: Rule | None) -> list[tuple[str, str]]:
 
 def _consequences(incident: Incident, rules: Mapping[str, Rule]) -> list[str]:
     """What else belongs to an incident, as HTML: each rule once, by the first of its findings."""
-    by_rule: dict[str, list[Finding]] = {}
-    for finding in incident.consequences:
-        by_rule.setdefault(finding.rule, []).append(finding)
     found = []
-    for findings in by_rule.values():
-        first, more = findings[0], len(findings) - 1
+    for first, more in together(incident.consequences):
         words = [when(first, rules.get(first.rule)), place(first), number(first.value)]
         words += [f"and {more:,} more"] if more else []
         title = f'<span class="level-{first.severity} mon-level">{html(first.title, 60)}</span>'

@@ -202,6 +202,30 @@ class LossClosure:
         closure.batches = tuple(replace(p, weight=w / sum(given)) for p, w in zip(parts, given, strict=True))
         return closure
 
+    @classmethod
+    def total(
+        cls,
+        model: nn.Module,
+        closures: Sequence[Callable[[], Tensor]],
+        *,
+        mode: Mode = "eval",
+        dtype: torch.dtype | None = None,
+    ) -> LossClosure:
+        """The sum of several plain closures, held in memory one graph at a time: a step's micro-batches.
+
+        Args:
+            model: the model.
+            closures: at least one; each calls the model and returns its share of the loss.
+            mode: as for one closure.
+            dtype: as for one closure.
+
+        Returns:
+            The closure of ``Σ loss``.
+        """
+        closure = cls(model, closures[0], mode=mode, dtype=dtype)
+        closure.batches = tuple(Batch(each, closure.batches[0].loss) for each in closures)
+        return closure
+
     @property
     def size(self) -> int | None:
         """Number of examples (first dimension of the inputs), None for a plain closure."""

@@ -41,6 +41,45 @@ def averaged_gradient(beta1: float) -> float:
     return (2 + 2 * beta1) / (1 - beta1)
 
 
+def batch_eigenvalue(full: float, noise: float, batch: int, examples: int | None = None) -> float:
+    """The largest eigenvalue expected of a batch's Hessian, of which the full-data one is inflated by sampling noise.
+
+    The noise is taken for a Wigner matrix of spectral radius 2r: λ' = λ + r²/λ if λ > r, else the edge of the noise,
+    2r, with r = ``noise``/√b and b = B / (1 − B/N).
+
+    Args:
+        full: λ, the eigenvalue over all data.
+        noise: √P·s: root mean square of a coordinate of (H_i − H)z over examples i and random signs z, for one example.
+        batch: B.
+        examples: N, of which the batch is drawn without replacement; None: unlimited.
+
+    Returns:
+        λ', in the unit of ``full``; ``full`` for a batch of everything.
+
+    Raises:
+        UsageError: if the batch is not between 1 and ``examples``, or ``noise`` is negative.
+
+    Source: Granziol, Zohren, Roberts (2022), Learning rates as a function of batch size. On a small network
+        the inflation was found but not its 1/B (tests/curvature/test_reproductions.py): the Hessian's noise is no
+        Wigner matrix there.
+    """
+    if batch < 1 or (examples is not None and batch > examples) or noise < 0:
+        raise UsageError(f"batch={batch} of {examples}, noise={noise}; expected 1 <= batch <= examples and noise >= 0.")
+    share = 1 - batch / examples if examples is not None else 1.0
+    r = noise * (share / batch) ** 0.5
+    return full + r**2 / full if full > r else 2 * r
+
+
+def batch_learning_rate(rate: float, batch: int, other: int, *, adaptive: bool) -> float:
+    """The learning rate at batch size ``other`` that keeps the stability that ``rate`` has at ``batch``.
+
+    Linear in the batch for SGD, its square root for Adam, while the noise prevails over the full-data curvature.
+
+    Source: Granziol, Zohren, Roberts (2022).
+    """
+    return rate * (other / batch) ** (0.5 if adaptive else 1.0)
+
+
 @dataclass(frozen=True)
 class UpdateRule:
     """What an optimizer does to each selected parameter, as far as stability goes.

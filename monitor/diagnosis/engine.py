@@ -303,15 +303,25 @@ class Engine:
 
     def unjudged(self) -> dict[str, str]:
         """Rules that could not decide anything, or failed, each with the reason in words."""
-        reasons = self._audited()[1] | self._failed
+        reasons, beside = self._audited()[1] | self._failed, self.inapplicable()
         for rule in self._rules.values():
             if rule.check is None or rule.id in reasons or self._judged.get(rule.id):
+                continue
+            if rule.id in beside:
+                reasons[rule.id] = f"not applicable: {rule.needs[0]} was not recorded"
                 continue
             ref, least = rule.needs[0], rule.values.get("minimum")
             n = len(self._history[ref].steps) if ref in self._history else 0
             points = f"{n} points of {ref}" if least is None else f"{n} of {least:.0f} points of {ref}"
             reasons[rule.id] = f"not enough evidence: {points if n else f'{ref} was not recorded'}"
         return {rule: reasons[rule] for rule in self._rules if rule in reasons}
+
+    def inapplicable(self) -> tuple[str, ...]:
+        """Rules none of whose series was recorded, though others were: what they judge is not in this run."""
+        if self._last is None:
+            return ()
+        timed = (r for r in self._rules.values() if r.check is not None)
+        return tuple(r.id for r in timed if not any(n in self._history for n in r.needs))
 
     def _audited(self) -> tuple[list[Finding], dict[str, str]]:
         """What the rules over facts find, and why those that cannot decide cannot."""

@@ -63,10 +63,17 @@ class Verdict:
             judged.
         text: one sentence for a person, plain text.
         incidents: worst first, then earliest.
-        unjudged: rule -> why it could not decide ("no cross-entropy call was seen", "12 of 100 points").
+        unjudged: rule -> why it could not decide ("12 of 100 points", "attn_entropy.entropy was not recorded").
+        inapplicable: those of ``unjudged`` that judge what this run does not have: no attention, no router, …
     """
 
     level: Literal["healthy", "info", "warning", "critical", "not_enough_evidence"]
     text: str
     incidents: tuple[Incident, ...]
     unjudged: dict[str, str] = field(default_factory=dict)
+    inapplicable: tuple[str, ...] = ()
+
+    @property
+    def thin(self) -> dict[str, str]:
+        """Rules that would have decided, had there been more to judge -> what was missing."""
+        return {rule: why for rule, why in self.unjudged.items() if rule not in self.inapplicable}

@@ -41,6 +41,16 @@ def group(findings: Iterable[Finding]) -> list[Incident]:
     return sorted(incidents, key=lambda i: (-SEVERITIES.index(i.severity), place(i.head)))
 
 
+def together(findings: Iterable[Finding]) -> list[tuple[Finding, int]]:
+    """Findings of one rule as the first of them and the number of others, in the order of the first ones."""
+    first: dict[str, Finding] = {}
+    others: dict[str, int] = {}
+    for f in findings:
+        first.setdefault(f.rule, f)
+        others[f.rule] = others.get(f.rule, -1) + 1
+    return [(f, others[rule]) for rule, f in first.items()]
+
+
 def _meet(group: list[Finding], f: Finding) -> bool:
     """True if ``f``, which begins no earlier than any of ``group`` or is information, is near one of its findings."""
     return any(

@@ -38,7 +38,7 @@ def report(run: Run, recompute: bool = False) -> Verdict:
         for blocks in _blocks(run, rules, attempt, engine.last_step):
             engine.feed(blocks)
     assert engine is not None
-    return verdict(engine.findings(), engine.unjudged(), run.steps)
+    return verdict(engine.findings(), engine.unjudged(), run.steps, engine.inapplicable())
 
 
 def _stored(run: Run, rules: Mapping[str, Rule]) -> Engine | None:

@@ -12,17 +12,21 @@ from monitor.rule import load_rules
 _NAMED = ("input", "activation", "attention", "router", "gradient", "update", "parameter", "state")
 
 
-def verdict(findings: Iterable[Finding], unjudged: Mapping[str, str], steps: int) -> Verdict:
+def verdict(
+    findings: Iterable[Finding], unjudged: Mapping[str, str], steps: int, inapplicable: Iterable[str] = ()
+) -> Verdict:
     """The verdict on what was found.
 
     Args:
         findings: all findings of the run.
         unjudged: rules that could not decide -> why.
         steps: number of recorded steps.
+        inapplicable: those of ``unjudged`` that judge what the run does not have; they are not counted.
     """
     rules = load_rules()
     incidents = tuple(group(findings))
-    judged = len(rules) - len(unjudged)
+    beside = tuple(r for r in inapplicable if r in unjudged)
+    judged, thin = len(rules) - len(unjudged), len(unjudged) - len(beside)
     if incidents:
         worst, more = incidents[0], len(incidents) - 1
         text = sentence(worst)
@@ -30,13 +34,13 @@ def verdict(findings: Iterable[Finding], unjudged: Mapping[str, str], steps: int
             text = f"No problem found in {steps:,} steps; worth knowing: {_lower(text)}"
         if more:
             text += f" {more} more incident{'s' if more > 1 else ''}."
-        return Verdict(worst.severity, text, incidents, dict(unjudged))
+        return Verdict(worst.severity, text, incidents, dict(unjudged), beside)
     if all(r.id in unjudged for r in rules.values() if r.check is not None):
         text = f"Not enough evidence: {steps:,} step{'s' if steps != 1 else ''} recorded, and no rule could be judged."
-        return Verdict("not_enough_evidence", text, incidents, dict(unjudged))
-    rest = f"; {len(unjudged)} had not enough evidence" if unjudged else ""
+        return Verdict("not_enough_evidence", text, incidents, dict(unjudged), beside)
+    rest = f"; {thin} had not enough evidence" if thin else ""
     text = f"No problem found in {steps:,} steps ({judged} rule{'s' if judged != 1 else ''} judged{rest})."
-    return Verdict("healthy", text, incidents, dict(unjudged))
+    return Verdict("healthy", text, incidents, dict(unjudged), beside)
 
 
 def sentence(incident: Incident) -> str:
@@ -47,7 +51,8 @@ def sentence(incident: Incident) -> str:
         if f.severity != "info" or head.severity == "info":
             follows.setdefault(f.rule, []).append(f)
     text = f"{head.title}{_where([head, *follows.pop(head.rule, [])])}"
-    if load_rules()[head.rule].audit is not None:
+    rule = load_rules().get(head.rule)  # none if the finding was stored by another version, or made up
+    if rule is not None and rule.audit is not None:
         return f"{text}."
     if head.open:
         text += f" from step {head.first_step:,} on"
@@ -72,7 +77,8 @@ def _at(f: Finding) -> str:
 def _where(found: list[Finding], form: str = " in {}") -> str:
     """The first module and how many others of its site, or nothing where the title says enough."""
     first = found[0]
-    elsewhere = first.site != load_rules()[first.rule].site  # a rule that looks at several sites: say which
+    rule = load_rules().get(first.rule)
+    elsewhere = rule is not None and first.site != rule.site  # a rule that looks at several sites: say which
     if first.site not in _NAMED or not first.module:
         return form.format(f"the {first.site}") if elsewhere else ""
     others = len({f.module for f in found if f.site == first.site}) - 1

@@ -8,7 +8,9 @@ maximum, and too high by at most ln n (7 at 1,000 keys): tight where it matters.
 rows that were read: those with the largest log-sum-exp and a seeded sample. Where ``certified`` is 1, no row that was
 not read can hold a larger one, so it is the maximum; where it is 0, the maximum lies between ``lower`` and
 ``lse_max``. Without a saved log-sum-exp (dropout on a CPU, activation checkpointing) there is no bound,
-and ``found`` is the largest of the sample.
+and ``found`` is the largest of the sample. Attention written by hand (a softmax over products of queries and keys,
+multiplied again) has no bound either, but all its logits are in memory: ``found`` is the largest of all rows, and
+certified.
 
 Healthy: of order 1 to 50, settling after warm-up.
 
@@ -74,7 +76,8 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2309.14322 sec. 3",
-    cost="the bound: one read of the saved log-sum-exp, every 5 steps; the rest: about 32 rows a head, every 10 steps",
+    cost="the bound: one read of the saved log-sum-exp, every 5 steps; the rest: about 32 rows a head, every 10 steps; "
+    "by hand: one read of the logits, every 10 steps",
     plot=Plot("lse_max", kind="heatmap"),
     oracle=oracle,
     reads="attention",

@@ -2,8 +2,8 @@
 
     mass = mean_i p_i0
 
-over a seeded, evenly spaced sample of ``rows`` rows. Rows without anything to look for send their attention to the
-first token (an attention sink), which does no harm by itself.
+over a seeded, evenly spaced sample of ``rows`` rows, every hundredth step over all rows (as `attn_entropy`). Rows
+without anything to look for send their attention to the first token (an attention sink), which does no harm by itself.
 
 Healthy: with n keys near 1/n at the start ((1/T) Σ 1/i with a causal mask, 0.52 at T = 4 and 0.02 at T = 256); in
 trained language models up to 0.9 in many heads.
@@ -43,11 +43,12 @@ METRIC = Metric(
     site="attention",
     columns=(
         Column("mass", "fraction", "mean attention of a row to the first key"),
-        Column("rows", "count", "rows sampled"),
+        Column("rows", "count", "rows read"),
     ),
     compute=compute,
     source="definition; arXiv 2309.17453",
-    cost="shared by all metrics of attention: about 16 rows of each call, every 10 steps",
+    cost="shared by all metrics of attention: about 16 rows of each call, every 10 steps; all rows by one more "
+    "forward of the kernel, every 100 steps",
     plot=Plot("mass", kind="heatmap"),
     oracle=oracle,
     reads="attention",

@@ -1,6 +1,6 @@
 """How large the logits are, and by how much the first choice leads.
 
-    rms = sqrt(Σ z² / NK),   mean = Σ z / NK,   max_abs = max |z|
+    rms = sqrt(Σ z² / NK),   mean = Σ z / NK,   max = max z,   min = min z,   max_abs = max |z|
     row_std = (1/N) Σ_i sqrt(mean_k z_ik² − (mean_k z_ik)²)
     margin = (1/N) Σ_i (largest − second largest z_i),   true_margin = (1/N) Σ_i (z_iy − max_{k≠y} z_ik)
 
@@ -9,9 +9,9 @@ the softmax does not. ``true_margin`` needs targets that are classes; it is nega
 
 Healthy: row_std of a few nats; true_margin grows with the accuracy and levels off.
 
-Unhealthy: margin still growing while the accuracy is already 1 and validation does not improve (naive loss
-minimisation). Absorption begins where the margin reaches p·ln 2 plus the log of the number of rivals: about 16.6 nats
-and more in float32, 7.6 in float16, 5.5 in bfloat16.
+Unhealthy: mean, max and min drifting one way together (see `log_z`). Margin still growing while the accuracy is already
+1 and validation does not improve (naive loss minimisation): absorption begins where the margin reaches p·ln 2 plus the
+log of the number of rivals: about 16.6 nats and more in float32, 7.6 in float16, 5.5 in bfloat16.
 
 Source: definition; Prieto et al. (2025), Grokking at the Edge of Numerical Stability, sec. 4.
 """
@@ -39,6 +39,8 @@ def compute(block: Block) -> Mapping[str, Result]:
         "mean": per(block, "sum_z", "n", "classes"),
         "margin": per(block, "sum_margin", "n"),
         "true_margin": per(block, "sum_true_margin", "n"),
+        "max": (high, high_has),
+        "min": (low, low_has),
     }
 
 
@@ -63,6 +65,8 @@ def oracle() -> Iterable[Case]:
             "mean": [[0.75], [-1], [None], [nan]],
             "margin": [[3], [4], [None], [nan]],
             "true_margin": [[3], [None], [None], [-1]],
+            "max": [[3], [1], [None], [nan]],
+            "min": [[0], [-7], [None], [0]],
         },
         "row std of (3,0,0,0) = sqrt(9/4 − 9/16); of (−7, 1) = 4 and of (1, 1) = 0; no class targets: absent",
         modules=("cross_entropy",),
@@ -80,6 +84,8 @@ METRIC = Metric(
         Column("mean", "nats", "mean of all logits read"),
         Column("margin", "nats", "mean lead of the first choice over the second"),
         Column("true_margin", "nats", "mean lead of the true class over the best other"),
+        Column("max", "nats", "largest of the logits read"),
+        Column("min", "nats", "smallest of the logits read"),
     ),
     compute=compute,
     source="definition; arXiv 2501.04697 sec. 4",

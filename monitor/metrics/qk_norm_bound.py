@@ -3,7 +3,9 @@
     bound = max_i ‖q_i‖ · max_j ‖k_j‖ · scale,   alignment = (largest logit of the rows read) / bound
 
 over all queries and keys of a micro-batch, the largest of the step; scale is 1/√d unless the call says otherwise. For
-logits without an additive bias, alignment lies between −1 and 1.
+logits without an additive bias, alignment lies between −1 and 1. Of attention written by hand the scale is read from
+the operations between the product and the softmax; where it is not a number (a learned temperature), or queries and
+keys are not kept, there is no bound.
 
 Healthy: norms that settle after warm-up; a bound two to three times the largest logit.
 

@@ -2,7 +2,9 @@
 
     f_e = n_e / Σ n:  cv = std(f) / mean(f),  max_violation = E · max f − 1,  effective = exp(H(f))
     P_t = softmax(z_t):  entropy = mean_t H(P_t),  normalised = entropy / ln E,  mean_normalised = H(mean_t P_t) / ln E
-    z = mean_t (ln Σ_e exp z_te)²,  max_logit = max z_te
+    z = mean_t (ln Σ_e exp z_te)²,  max_logit = max z_te,  margin = mean_t (z_t(1) − z_t(2))
+    mutual_information = H(mean_t P_t) − mean_t H(P_t)
+    over_capacity = Σ_e max(0, n_e − ⌈1.25 · k T / E⌉) / (k T)
 
 for E experts with n_e assignments each, over every token of a step that this process saw (``tokens``); P and z over at
 most 2^15 / E evenly spaced ones (``rows``), so that ``max_logit`` is the largest among these. Absent where the scores
@@ -10,13 +12,14 @@ before the softmax cannot be read (under activation checkpointing: z and max_log
 most √(E/k − 1), and effective lies between k and E.
 
 Healthy: cv below 1 and effective near E. A specialised router has a low ``normalised`` (sure of each token) and a high
-``mean_normalised`` (together they use all experts); a fresh one has both near 1.
+``mean_normalised`` (together they use all experts), which is a large mutual_information; a fresh one has both near 1.
 
 Unhealthy: both low: every token is sent to the same experts; cv near its largest value and effective near k: the router
 has collapsed. z or max_logit growing without end: scores leave the range in which a softmax learns.
 
 Source: Shazeer et al. (2017), arXiv 1701.06538, eq. 7, for cv; Wang et al. (2024), Auxiliary-Loss-Free Load Balancing,
-arXiv 2408.15664, for the violation; Zoph et al. (2022), ST-MoE, arXiv 2202.08906, eq. 5, for z.
+arXiv 2408.15664, for the violation; Zoph et al. (2022), ST-MoE, arXiv 2202.08906, eq. 5, for z; Fedus et al. (2021),
+Switch Transformers, arXiv 2101.03961, section 2.2, for the capacity.
 """
 
 from __future__ import annotations
@@ -54,6 +57,11 @@ def compute(block: Block) -> Mapping[str, Result]:
         "top_k": per(block, "assigned", "tokens"),
         "tokens": recorded(block, "tokens"),
         "rows": recorded(block, "rows"),
+        "margin": per(block, "sum_margin", "rows"),
+        "mutual_information": (mean - entropy, knows_mean & knows_entropy),
+        "over_capacity": per(block, "over", "assigned"),
+        "dropped": per(block, "dropped", "limited"),
+        "early_z": recorded(block, "early_z"),
     }
 
 
@@ -73,6 +81,11 @@ def oracle() -> Iterable[Case]:
             "sumsq_load": [[0.5], [0.125], [nan], [0.125], [0.5]],
             "max_load": [[0.5], [0.125], [nan], [0.125], [0.5]],
             "load_entropy": [[ln2], [ln8], [nan], [ln8], [ln2]],
+            "sum_margin": [[640], [0], [0], [nan], [None]],
+            "over": [[88], [0], [0], [0], [0]],
+            "dropped": [[32], [0], [0], [0], [0]],
+            "limited": [[128], [64], [0], [0], [0]],
+            "early_z": [[None], [4.0], [None], [4.0], [None]],
         },
         {
             "cv": [[1.7320508], [0], [None], [0], [1.7320508]],
@@ -87,6 +100,11 @@ def oracle() -> Iterable[Case]:
             "top_k": [[2], [1], [None], [2], [2]],
             "tokens": [[64], [64], [0], [8], [8]],
             "rows": [[64], [64], [0], [8], [None]],
+            "margin": [[10], [0], [None], [nan], [None]],
+            "mutual_information": [[ln2], [0], [None], [nan], [None]],
+            "over_capacity": [[0.6875], [0], [None], [0], [0]],
+            "dropped": [[0.25], [0], [None], [None], [None]],
+            "early_z": [[None], [4.0], [None], [4.0], [None]],
         },
         "f = (½, ½, 0, …): cv √3, violation 3, 2 effective; zero scores: H = ln 8, z = (ln 8)² = 4.324077",
         modules=("router",),
@@ -110,9 +128,14 @@ METRIC = Metric(
         Column("top_k", "1", "experts of a token"),
         Column("tokens", "count", "tokens routed"),
         Column("rows", "count", "tokens whose scores were read"),
+        Column("margin", "nats", "mean difference of a token's largest and second largest score"),
+        Column("mutual_information", "nats", "entropy of the mean probabilities less the mean entropy of a token"),
+        Column("over_capacity", "fraction", "assignments that a capacity factor of 1.25 would drop, were there one"),
+        Column("dropped", "fraction", "assignments that the model's own capacity limit dropped"),
+        Column("early_z", "1", "z at a twentieth of the steps so far"),
     ),
     compute=compute,
-    source="arXiv 1701.06538 eq. 7; arXiv 2408.15664; arXiv 2202.08906 eq. 5",
+    source="arXiv 1701.06538 eq. 7; arXiv 2408.15664; arXiv 2202.08906 eq. 5; arXiv 2101.03961 sec. 2.2",
     cost="shared by all metrics of routers: the chosen experts of all tokens and at most 2^15 scores, every 5 steps",
     plot=Plot("cv"),
     oracle=oracle,

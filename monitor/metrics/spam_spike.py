@@ -50,7 +50,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2501.06842",
-    cost="one read of gradient and second moment; another only where something is spiked",
+    cost="two reads of gradient and second moment, of large parameters at every fourth step",
     plot=Plot("count", kind="heatmap"),
     oracle=oracle,
     reads="gradient",

@@ -1,7 +1,7 @@
 """Measurements beyond the ordinary step, for `monitor.attach`: one file each.
 
-    monitor.attach(model, curvature="auto")
-    monitor.attach(model, probes=[OddFraction(inputs)])
+monitor.attach(model, curvature="auto")
+monitor.attach(model, probes=[OddFraction(inputs)])
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ from typing import Any
 #: Class -> the file of this folder that defines it; imported when first used, since all of them need torch.
 _HOME = {
     "Curvature": "curvature",
+    "EmbeddingGini": "embedding_gini",
+    "FourierLosses": "fourier",
+    "LocalComplexity": "local_complexity",
+    "Memorisation": "memorisation",
+    "OddFraction": "odd_fraction",
+    "Pathways": "pathways",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -25,7 +25,7 @@ COSINE, NORM = 1 - 1e-4, 1e-3
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Refused(UsageError):
+class Refused(UsageError):  # noqa: N818 - not an error: the next step is tried
     """The loss that was played again is not the run's."""
 
 
@@ -108,7 +108,7 @@ def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtyp
     if mode == "train" and dtype is None and not any(t.autocast for t in tapes):
         kept = torch.cat([gradient[slices[n]] for n in names])
     else:
-        losses = [_again(t, inverse, autocast=False) for t in tapes]
+        losses = [_again(t, inverse, dtype=dtype) for t in tapes]
         closure = LossClosure.total(model, losses, mode=mode, dtype=dtype)
     return Rebuilt(closure, names, optimizers, kept, _examples(tapes), tapes)
 
@@ -126,13 +126,15 @@ def _trained(closure: LossClosure, optimizers: Sequence[Optimizer]) -> tuple[str
     return names
 
 
-def _again(tape: Tape, inverse: float, *, autocast: bool) -> Callable[[], Tensor]:
+def _again(
+    tape: Tape, inverse: float, *, autocast: bool = False, dtype: torch.dtype | None = None
+) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         with ExitStack() as stack:
-            for kind, dtype in tape.autocast.items() if autocast else ():
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+            for kind, narrow in tape.autocast.items() if autocast else ():
+                stack.enter_context(torch.autocast(kind, narrow, cache_enabled=False))
             # on data of its own: a model that changes its input in place must not change the user's once more
-            return tape.copy().replay() * inverse
+            return tape.copy(dtype).replay() * inverse
 
     return loss
 
@@ -169,8 +171,8 @@ def _fault(moment: Moment, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, T
     near = any(abs(norm / expected - 1) <= NORM for expected in (1.0, clip) if expected > 0)
     if cosine >= COSINE and near:
         return None
-    # above 1 − 1e-6 nothing but the size differs
-    return f"gradient played again: cosine {cosine:.6f} with the run's, norm {1 / norm if norm else math.inf:.4g} times"
+    again = 1 / norm if norm else math.inf
+    return f"its gradient has cosine {cosine:.6f} with the one the optimizer is given, and {again:.4g} times its norm"
 
 
 def _clip(moment: Moment) -> float:

@@ -28,7 +28,7 @@ from monitor.curvature.environment import Mode
 from monitor.curvature.lanczos import ASYMMETRY, Array, Eigenvalues, Krylov, lanczos
 from monitor.curvature.products import Hessian
 from monitor.curvature.spectrum import block_spectra
-from monitor.curvature.stability import Stability, stability
+from monitor.curvature.stability import stability
 from monitor.curvature.trace import Estimate, traces
 from monitor.errors import UsageError
 from monitor.probes._rebuilt import Rebuilt, Refused, given, rebuilt
@@ -128,7 +128,9 @@ class Curvature(Probe):
 
     def wanted(self, recorder: Recorder) -> str | None:
         """Forget the run before; whether it can be measured shows at the first attempt."""
+        planned = self._now.planned
         object.__setattr__(self, "_state", _State())
+        self._now.planned = planned
         return None
 
     def affordable(self, elapsed: float, step: float, spent: float, last: float | None) -> bool:
@@ -140,8 +142,8 @@ class Curvature(Probe):
         now.planned = None
         if spent + seconds[kind] <= self.budget * elapsed:
             now.planned = kind
-        elif max(spent, now.between / BETWEEN) + seconds["batch"] <= BETWEEN * self.budget * elapsed:
-            now.planned = "batch"
+        elif now.between + seconds["batch"] <= BETWEEN * self.budget * elapsed:
+            now.planned = "batch" if spent + seconds["batch"] <= self.budget * elapsed else None
         return now.planned is not None
 
     def measure(self, moment: Moment) -> None:
@@ -158,6 +160,8 @@ class Curvature(Probe):
         if loss is None:
             return
         _Measurement(self, now, moment, loss).run(kind)
+        if kind == "full" and self.blocks:
+            _blocks(self, moment, loss)
         now.seconds[kind] = time.perf_counter() - began
         if kind == "batch":
             now.between += now.seconds[kind]
@@ -183,7 +187,7 @@ class Curvature(Probe):
 
 
 class _Measurement:
-    """One measurement; holds every graph, so that all are freed with it."""
+    """One measurement of the whole; holds every graph, so that all are freed with it."""
 
     def __init__(self, options: Curvature, now: _State, moment: Moment, loss: Rebuilt) -> None:
         self.options = options
@@ -221,9 +225,6 @@ class _Measurement:
             self._edge(top, trace)
             if full:
                 self._opposing(u)
-        if full and self.options.blocks:
-            self.hessian = H = None  # its graph is not needed any more
-            self._blocks()
 
     def _lanczos(self, full: bool) -> Krylov:
         H, now = self.hessian, self.now
@@ -260,8 +261,7 @@ class _Measurement:
 
     def _edge(self, top: Eigenvalues, trace: Estimate | None) -> None:
         optimizers = self.loss.optimizers
-        first = next(iter(self.hessian.closure.named().values()))
-        if not any(o.state for o in optimizers) and any("betas" in o.defaults or "alpha" in o.defaults for o in optimizers):
+        if not any(o.state for o in optimizers) and any({"betas", "alpha"} & o.defaults.keys() for o in optimizers):
             return  # before its first update an adaptive optimizer has no scale
         try:
             s = stability(
@@ -269,7 +269,7 @@ class _Measurement:
                 max_products=MOST, max_basis=self.basis,
             )  # fmt: skip
         except UsageError as e:
-            self._tell(f"edge_of_stability is not recorded: {e}")
+            self._tell(f"edge_of_stability is not recorded: {str(e).partition(';')[0]}")
             return
         self._emit("edge_of_stability", EDGE, "", (s.ratio, s.threshold, s.largest_learning_rate, float(s.converged)))
         if s.products and s.sharpness is not None:
@@ -282,7 +282,8 @@ class _Measurement:
             return
         tape, H = self.loss.tapes[0], self.hessian
         # as an output of the closure, so that random numbers and buffers are in order
-        calls = self.closure.outputs(Batch(lambda: tape.copy().calls(F.cross_entropy), lambda x: x))
+        data = tape.copy(self.closure.dtype)
+        calls = self.closure.outputs(Batch(lambda: data.calls(F.cross_entropy), lambda x: x))
         losses = [_rows(args, kwargs) for args, kwargs, _ in calls]
         losses = [(loss, counted) for loss, counted in losses if loss.requires_grad]
         if not losses:
@@ -303,26 +304,32 @@ class _Measurement:
         table = pa.table({"row": at[strongest], "projection": p[strongest], "loss": own})
         self.moment.table("opposing_signals", table)
 
-    def _blocks(self) -> None:
-        asked = self.options.blocks
-        found = block_spectra(
-            self.closure.model, self.closure, blocks=None if isinstance(asked, bool) else asked, top=1, bottom=0,
-            steps=0, samples=0, max_products=MOST, seed=self.moment.step,
-        )  # fmt: skip
-        for name, s in found.items():
-            self._emit("block_sharpness", EIGENVALUE, name, _first(s.largest))
-
     def _emit(self, reads: str, stats: Sequence[str], module: str, values: Sequence[float | None]) -> None:
-        """Into the row of this step; None is absent."""
-        recorder = self.moment.recorder
-        numbers = torch.tensor([0.0 if v is None else float(v) for v in values], device=recorder.device)
-        absent = [i for i, v in enumerate(values) if v is None]
-        recorder.emit(reads, stats, module, numbers, absent=absent)
+        _emit(self.moment, reads, stats, module, values)
 
     def _tell(self, text: str) -> None:
         if text not in self.now.told:
             self.now.told.add(text)
             self.moment.recorder.flusher.warn(text)
+
+
+def _blocks(options: Curvature, moment: Moment, loss: Rebuilt) -> None:
+    asked = options.blocks
+    found = block_spectra(
+        loss.closure.model, loss.closure, blocks=None if isinstance(asked, bool) else asked, top=1, bottom=0, steps=0,
+        samples=0, max_products=MOST, seed=moment.step,
+    )  # fmt: skip
+    for name, s in found.items():
+        _emit(moment, "block_sharpness", EIGENVALUE, name, _first(s.largest))
+
+
+def _emit(moment: Moment, reads: str, stats: Sequence[str], module: str, values: Sequence[float | None]) -> None:
+    """Into the row of this step; None is absent."""
+    recorder = moment.recorder
+    numbers = torch.tensor(
+        [0.0 if v is None else float(v) for v in values], dtype=torch.float32, device=recorder.device
+    )
+    recorder.emit(reads, stats, module, numbers, absent=[i for i, v in enumerate(values) if v is None])
 
 
 def _first(e: Eigenvalues, i: int = 0) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from monitor.record.attach import _OPEN, Handle, begin, close_all
 from monitor.record.flush import to_stderr
-from monitor.record.recorder import find_models
+from monitor.record.followed import find_models
 
 
 class _Finder:
@@ -101,11 +101,14 @@ def run_script(script: Path, argv: list[str], run_dir: Path | None) -> int:
 
 
 def _print(error: BaseException, script: Path) -> None:
-    """The traceback as the script alone would have printed it: without the frames of the launcher."""
+    """The traceback as the script alone would have printed it: without the frames of the launcher.
+
+    Of a script that cannot be compiled there are no others, and Python prints none.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
         trace = trace.tb_next
-    traceback.print_exception(type(error), error, trace or error.__traceback__)
+    traceback.print_exception(type(error), error, trace)
 
 
 def _status(error: BaseException | None) -> int:

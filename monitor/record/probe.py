@@ -56,6 +56,11 @@ class Moment:
         """Where the parameters are, each once."""
         return list(dict.fromkeys(p.device for m in self.models for p in m.parameters()))
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizer that is about to update, then the others that have."""
+        return [self.optimizer, *(o for o in self.recorder.optimizers if o is not self.optimizer)]
+
     def parameter(self, p: Tensor) -> str:
         """Name of a parameter."""
         return self.recorder.parameter(p)
@@ -107,6 +112,17 @@ class Probe:
     def wanted(self, recorder: Recorder) -> str | None:
         """Why it cannot be measured in this run; None if it can."""
         return None
+
+    def affordable(self, elapsed: float, step: float, spent: float, last: float | None) -> bool:
+        """True if a measurement fits into the budget now; asked before every step if ``every`` is None.
+
+        Args:
+            elapsed: seconds that the training itself has taken.
+            step: seconds of one step, their mean.
+            spent: seconds that this probe has taken.
+            last: seconds of its last measurement, None before the first.
+        """
+        return spent + (self.cost * step if last is None else last) <= self.share * elapsed
 
     def measure(self, moment: Moment) -> None:
         """Measure and emit. Runs without gradients, with every mode of the user's and ours off.

@@ -10,12 +10,11 @@ import contextlib
 import gc
 import os
 import random
-import sys
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +26,19 @@ from torch.optim.optimizer import (
 )
 
 from monitor.errors import MonitorWarning
-from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
+from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Flusher
+from monitor.record.followed import Followed, children_called
 from monitor.record.mode import StepMode, Watcher
 from monitor.record.private import alone, inside_functorch, quiet
 from monitor.record.probe import Probe
 from monitor.record.ring import Ring, Values
 from monitor.record.site import Site
 from monitor.record.sites.activation import ActivationSite
+from monitor.record.sites.adam_state import AdamStateSite
 from monitor.record.sites.attention import AttentionSite
+from monitor.record.sites.embedding import EmbeddingSite
+from monitor.record.sites.fused_loss import FusedLossSite
 from monitor.record.sites.gradient import GradientSite
 from monitor.record.sites.input import InputSite
 from monitor.record.sites.logged import LoggedSite
@@ -59,8 +62,11 @@ _SITES: tuple[type[Site], ...] = (
     RouterSite,
     LossSite,
     LogitsSite,
+    FusedLossSite,
     GradientSite,
     ParameterSite,
+    EmbeddingSite,
+    AdamStateSite,
     StateSite,
     LoggedSite,
     ProbeSite,
@@ -103,20 +109,15 @@ class Recorder:
         self.probes = probes
         self.probing = False  # a probe is due in this step
         self.rows = 0
-        self.device = _device(models)
+        self.followed = Followed(optimizers, self.adopt if follow_all else None)
+        for model in models:
+            self.followed.add(model)
+        self.device = self.followed.device
         self.on_cpu = self.device.type == "cpu"
-        self._only = {id(o) for o in optimizers}
-        self._follow_all = follow_all
         self._ring = Ring(self.device, BLOCK_ROWS)
-        self._roots: list[nn.Module] = []
-        self._names: dict[int, str] = {}
-        self._named_at = -1
         self._hooks: list[Any] = []
         self._entries: dict[int, bool] = {}
         self._prefixes: dict[int, str] = {}
-        self._optimizers: list[weakref.ref[Optimizer]] = []
-        self._updates: dict[int, int] = {}
-        self._mine: dict[int, bool] = {}
         self._row: list[int] = []
         self._expected: frozenset[int] = frozenset()
         self._emitted: dict[tuple[str, str], tuple[int, int]] = {}
@@ -129,7 +130,6 @@ class Recorder:
         self._handed_on = time.perf_counter()
         self._thread: int | None = None  # that trains; known from the first training forward or update
         self._pid = os.getpid()
-        self._signature: tuple[int, ...] = ()
         self._missing: list[tuple[str, str]] | None = None
         self.active = True
         self.sites: list[Site] = [kind(self) for kind in _SITES]
@@ -158,12 +158,8 @@ class Recorder:
 
     def adopt(self, model: nn.Module) -> None:
         """Follow another root module, as the user calls it."""
-        root = unwrap(model)
-        if all(root is not r for r in self._roots):
-            inner = set(map(id, root.modules()))
-            self._roots = [r for r in self._roots if id(r) not in inner] + [root]
-            self._names = parameter_names(self._roots)
-        prefix = "" if root is self._roots[0] else f"model[{len(self._roots) - 1}]."
+        root = self.followed.add(model)
+        prefix = "" if root is self.roots[0] else f"model[{len(self.roots) - 1}]."
         for m in dict.fromkeys((model, root)):
             self._enter_at(m, prefix)
 
@@ -184,37 +180,24 @@ class Recorder:
     @property
     def roots(self) -> Sequence[nn.Module]:
         """The root modules that are followed, unwrapped."""
-        return self._roots
+        return self.followed.roots
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """The optimizers that have made an update and are alive."""
-        return [o for known in self._optimizers if (o := known()) is not None]
+        return self.followed.optimizers
 
     def parameter(self, p: Tensor) -> str:
         """Name of a parameter; one that belongs to no followed module is named by its place in an optimizer."""
-        name = self._names.get(id(p))
-        if name is None:
-            self._look_up_names()  # the user may have given the model a new head
-            name = self._names.setdefault(id(p), f"parameter[{len(self._names)}]")
-        return name
-
-    def _look_up_names(self) -> None:
-        """Read the models' parameter names again, once a step at most; ids of dead parameters are forgotten."""
-        if self._named_at == self.step:
-            return
-        self._named_at = self.step
-        strangers = {key: name for key, name in self._names.items() if name.startswith("parameter[")}
-        self._names = strangers | parameter_names(self._roots)
+        return self.followed.parameter(p, self.step)
 
     def label(self, optimizer: Optimizer) -> str:
         """Name of an optimizer: empty for the first that stepped, so that a second one does not rename it."""
-        known = [id(o()) for o in self._optimizers]
-        return "" if len(known) < 2 or known[0] == id(optimizer) else f"optimizer[{known.index(id(optimizer))}]"
+        return self.followed.label(optimizer)
 
     def updates(self, optimizer: Optimizer) -> int:
         """Updates of this optimizer since it was first seen, including one under way."""
-        return self._updates.get(id(optimizer), 0)
+        return self.followed.updates(optimizer)
 
     @property
     def inside_forward(self) -> bool:
@@ -223,7 +206,7 @@ class Recorder:
 
     def is_gradient(self, t: Tensor) -> bool:
         """True if ``t`` is the gradient of a parameter that is followed."""
-        return any(p.grad is t for root in self._roots for p in root.parameters())
+        return self.followed.is_gradient(t)
 
     # ---- rows
 
@@ -311,7 +294,7 @@ class Recorder:
     def _follow_device(self) -> None:
         """The model may have been moved since the last step, or made on no device at all and filled later."""
         with quiet():
-            device = _device(self._roots)
+            device = self.followed.device
             if device != self.device:
                 self._hand_on(wait=True)
                 self._ring.move(device)
@@ -324,7 +307,7 @@ class Recorder:
             self._guard(self._begin_step, optimizer, len(args) > 1 or bool(kwargs))
 
     def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
-        if not self._follows(optimizer):
+        if not self.followed.follows(optimizer, self.step):
             return
         self.in_step = True
         # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode; a closure runs
@@ -345,14 +328,18 @@ class Recorder:
             self._guard(self._end_step, optimizer)
 
     def _end_step(self, optimizer: Optimizer) -> None:
-        if not self._follows(optimizer):
+        if not self.followed.follows(optimizer, self.step):
             return
         self.in_step = False
         self._thread = threading.get_ident()
         with quiet():
             if self._forwards == 0:
                 self._follow_device()
-            self._register(optimizer)
+            if not self.followed.stepped:
+                self._expected = frozenset(self.followed.alive(self.step))
+            facts = self.followed.count(optimizer)
+            if facts is not None:
+                self.flusher.facts(facts)
             if id(optimizer) in self._row:  # the cycle of several optimizers has begun again
                 self._close_row()
             self._row.append(id(optimizer))
@@ -361,51 +348,6 @@ class Recorder:
             if self._expected <= frozenset(self._row):
                 self._close_row()
         self._rearm()
-
-    def _follows(self, optimizer: Optimizer) -> bool:
-        known = self._mine.get(id(optimizer))
-        if known is None:
-            if self._only:
-                known = id(optimizer) in self._only
-            else:
-                params = [id(p) for g in optimizer.param_groups for p in g["params"]]
-                if not all(p in self._names for p in params):
-                    self._look_up_names()
-                trained = [p in self._names for p in params]
-                known = any(trained)
-                if self._follow_all and not all(trained):
-                    for model in find_models(optimizer):
-                        self.adopt(model)
-                    known = True
-            self._mine[id(optimizer)] = known
-            # the id of a dead optimizer may be given to another
-            weakref.finalize(optimizer, self._mine.pop, id(optimizer), None)
-        return known
-
-    def _register(self, optimizer: Optimizer) -> None:
-        signature = tuple(len(g["params"]) for o in self._optimizers if (x := o()) for g in x.param_groups)
-        if not self._optimizers:
-            self._expected = frozenset(self._alive())
-        known = [o() for o in self._optimizers]
-        if all(o is not optimizer for o in known):
-            self._updates[id(optimizer)] = 0
-            # one that takes the place of a dead one goes on with its series
-            at = known.index(None) if None in known else len(known)
-            self._optimizers[at : at + 1] = [weakref.ref(optimizer)]
-        self._updates[id(optimizer)] += 1
-        if optimizer in known and signature == self._signature:
-            return
-        alive = [x for o in self._optimizers if (x := o()) is not None]
-        self._signature = tuple(len(g["params"]) for x in alive for g in x.param_groups)
-        self.flusher.facts(model_facts(self._roots, alive))
-
-    def _alive(self) -> Iterable[int]:
-        """Ids of the optimizers there are for what is followed: taken to make a step together, until they do not."""
-        for o in gc.get_objects():
-            if not issubclass(type(o), Optimizer) or isinstance(getattr(o, "optimizer", None), Optimizer):
-                continue  # a wrapper round another optimizer does not step by itself
-            if self._follows(o):
-                yield id(o)
 
     # ---- when the mode is on the stack
 
@@ -473,13 +415,13 @@ class Recorder:
 
     def _look_for_entries(self) -> None:
         """No root module was called in this step: the user calls a compiled wrapper or the children themselves."""
-        wrappers = [m for m in gc.get_objects() if type(m).__name__ == "OptimizedModule" and unwrap(m) in self._roots]
+        wrappers = [m for m in gc.get_objects() if type(m).__name__ == "OptimizedModule" and unwrap(m) in self.roots]
         for m in wrappers:
             self._enter_at(m, self.prefix(unwrap(m)))
-        if wrappers or any(compiled_regions(r) for r in self._roots):
+        if wrappers or any(compiled_regions(r) for r in self.roots):
             return
-        for root in self._roots:
-            for name, child in _called(root):
+        for root in self.roots:
+            for name, child in children_called(root):
                 self._enter_at(child, f"{self.prefix(root)}{name}.")
 
     def backward_begins(self) -> None:
@@ -553,9 +495,9 @@ class Recorder:
         if self._missing is not None:
             return self._missing
         found = [m for site in self.sites for m in site.missing()]
-        if any(hasattr(p, "_local_tensor") for r in self._roots for p in r.parameters()):
+        if self.followed.sharded:
             found.append(("grad_norm", "the parameters are sharded: norms are those of this process alone"))
-        regions = [name or "the model" for r in self._roots for name in compiled_regions(r)]
+        regions = [name or "the model" for r in self.roots for name in compiled_regions(r)]
         if regions and any(metric == "loss" for metric, _ in found):
             why = f"{regions[0]} is compiled in place, so its calls cannot be seen without recompiling it"
             found = [(metric, why if metric in _IN_FORWARD else reason) for metric, reason in found]
@@ -586,18 +528,14 @@ class Recorder:
     def _release(self) -> None:
         """Let go of the model: a handle or a mode of another thread that outlives the recording must not keep it."""
         self._missing = self.missing()
-        self._roots, self.sites = [], []
+        self.followed.roots, self.sites = [], []
         self._on = {moment: [] for moment in self._on}
         self.mode.before.clear()
         self.mode.after.clear()
 
     def orphaned(self) -> bool:
         """True if its optimizers are gone and nobody else holds a module of the models: they cannot train any more."""
-        if not self._optimizers or any(o() is not None for o in self._optimizers):
-            return False
-        modules = [m for root in self._roots for m in root.modules()]
-        # a module that is left has one reference more than a fresh object here: its parent's, or ours to the root
-        return set(_references(modules)) == {_references([object()])[0] + 1}
+        return self.followed.orphaned()
 
     def forked(self) -> None:
         """In a forked child: record nothing, leave no mode behind."""
@@ -669,50 +607,3 @@ def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Tenso
         "last": lambda a, b: b,
     }
     return torch.stack([joined[op](a, b) for op, a, b in zip(merge, old, fresh, strict=True)])
-
-
-def _device(models: Sequence[nn.Module]) -> torch.device:
-    for model in models:
-        for p in model.parameters():
-            if p.device.type != "meta":
-                return p.device
-    return torch.device("cpu")
-
-
-def _references(held: Sequence[object]) -> list[int]:
-    return [sys.getrefcount(x) for x in held]
-
-
-def _called(module: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
-    """Children that have a forward of their own, with their names; containers are looked into."""
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return  # it drops its fast path also when one of its children has hooks
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _called(child, f"{prefix}{name}.")
-        else:
-            yield prefix + name, child
-
-
-def find_models(optimizer: Optimizer) -> list[nn.Module]:
-    """The smallest modules alive that hold this optimizer's parameters, largest share first.
-
-    Args:
-        optimizer: any optimizer.
-
-    Returns:
-        Usually one module; several if no single module holds all parameters; empty if they belong to none.
-    """
-    wanted = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    # most of what is alive is no module, and isinstance runs code of lazy proxies: look at the type alone
-    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
-    held = [(m, {id(p) for p in m.parameters()}) for m in modules if not hasattr(m, "_orig_mod")]
-    found: list[nn.Module] = []
-    while wanted:
-        # of modules that hold the same parameters, the outermost: its names say most
-        best = max(held, key=lambda x: (len(x[1] & wanted), -len(x[1]), sum(1 for _ in x[0].modules())), default=None)
-        if best is None or not best[1] & wanted:
-            break
-        found.append(best[0])
-        wanted -= best[1]
-    return found

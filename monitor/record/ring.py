@@ -17,6 +17,8 @@ from monitor.block import ABSENT_BITS, Layout, RawBlock, Rows, Segment
 
 #: Rows of one device-to-host copy on an accelerator: bounds what a kill can lose to twice this many steps.
 COPY_EVERY = 8
+#: Tuples of modules whose places are remembered.
+_REMEMBERED = 64
 #: `ABSENT_BITS` as the signed integer that torch can write.
 ABSENT_INT = int(np.int32(ABSENT_BITS.view(np.int32)))
 
@@ -40,6 +42,8 @@ class Ring:
         self.layout = Layout(0, ())
         self._where: dict[str, Segment] = {}
         self._index: dict[str, dict[str, int]] = {}
+        # where modules stand that were asked for before, by the identity of a tuple that is kept for it
+        self._found: dict[tuple[str, int], tuple[Sequence[str], slice | list[int]]] = {}
         self._begin_block()
 
     def _begin_block(self) -> None:
@@ -60,6 +64,8 @@ class Ring:
 
     def known(self, reads: str, modules: Sequence[str]) -> bool:
         """True if the layout has a place for this pass and all of these modules."""
+        if (reads, id(modules)) in self._found:
+            return True
         index = self._index.get(reads)
         return index is not None and all(m in index for m in modules)
 
@@ -89,6 +95,7 @@ class Ring:
         self.layout = Layout(old_layout.number + 1, tuple(segments))
         self._where = {s.reads: s for s in segments}
         self._index = {s.reads: {m: i for i, m in enumerate(s.modules)} for s in segments}
+        self._found.clear()
         self._begin_block()
         row = self._rows[0]
         for s in old_layout.segments:
@@ -114,12 +121,22 @@ class Ring:
         return self._index[reads][module]
 
     def places(self, reads: str, modules: Sequence[str]) -> slice | list[int]:
-        """Row numbers of ``modules`` in `view`: a slice if they stand side by side in this order."""
+        """Row numbers of ``modules`` in `view`: a slice if they stand side by side in this order.
+
+        The answer is remembered for a tuple, so that a caller who gives the same one at every step does not pay twice.
+        """
+        known = self._found.get((reads, id(modules)))
+        if known is not None:
+            return known[1]
         index = self._index[reads]
         at = index[modules[0]]
-        if self._where[reads].modules[at : at + len(modules)] == tuple(modules):
-            return slice(at, at + len(modules))
-        return [index[m] for m in modules]
+        beside = self._where[reads].modules[at : at + len(modules)] == tuple(modules)
+        place = slice(at, at + len(modules)) if beside else [index[m] for m in modules]
+        if isinstance(modules, tuple) and len(modules) > 1:
+            if len(self._found) >= _REMEMBERED:
+                self._found.clear()
+            self._found[(reads, id(modules))] = (modules, place)
+        return place
 
     def write(self, reads: str, place: int | slice | list[int], at: slice, values: Values) -> None:
         """Write ``values`` to the statistics ``at`` of one or several modules of the open row."""

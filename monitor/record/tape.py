@@ -143,14 +143,19 @@ class Tape:
             self.replay()
         return caught.calls
 
-    def copy(self) -> Tape:
-        """The same calls on data of their own, whatever becomes of the batch."""
+    def copy(self, dtype: torch.dtype | None = None) -> Tape:
+        """The same calls on data of their own, whatever becomes of the batch; in another precision if given."""
         twin = object.__new__(Tape)
         twin.__dict__ = dict(self.__dict__)
         data: dict[int, Tensor] = {}
 
         def own(x: Any) -> Any:
-            return data.setdefault(id(x), x.detach().clone()) if isinstance(x, Tensor) else x
+            if not isinstance(x, Tensor):
+                return x
+            if id(x) not in data:
+                wide = dtype if x.is_floating_point() else None
+                data[id(x)] = x.detach().to(wide, copy=True) if wide else x.detach().clone()
+            return data[id(x)]
 
         twin._calls = [
             dataclasses.replace(c, args=tree_map(own, c.args), kwargs=tree_map(own, c.kwargs)) for c in self._calls

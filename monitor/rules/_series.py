@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -153,3 +155,96 @@ def teaching(window: Window, steps: Steps, modules: tuple[str, ...]) -> Array:
     """
     parts = (latest(window[f"train_accuracy.{c}"], steps, modules)[0] for c in ("accuracy", "top1_mass"))
     return sum((np.nan_to_num(1 - part) for part in parts), start=np.zeros((len(steps), len(modules))))
+
+
+#: Words for the parts of the data that a script's own names are made of, in the order in which one is preferred.
+_HELD_OUT = ("val", "valid", "validation", "dev", "eval", "test")
+_TRAIN = ("train", "training")
+_QUANTITY = {"accuracy": ("acc", "accuracy"), "loss": ("loss",)}
+
+
+def logged_as(names: Sequence[str], quantity: Literal["accuracy", "loss"], *, train: bool = False) -> list[str]:
+    """The logged names that mean an accuracy or a loss of held-out data (or of training data), the usual one first.
+
+    Args:
+        names: as given to ``handle.log``: ``val_acc``, ``test/accuracy``, ``eval_loss``, ``ValidationAcc``, …
+        quantity: which of the two.
+        train: of the training data instead.
+
+    Returns:
+        Those of ``names`` in which a word for the data and one for the quantity occur.
+    """
+    parts = _TRAIN if train else _HELD_OUT
+    found = []
+    for name in names:
+        words = [w.lower() for w in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", name)]
+        part = next((i for i, p in enumerate(parts) if p in words), None)
+        if part is not None and any(q in words for q in _QUANTITY[quantity]):
+            found.append((part, name))
+    return [name for _, name in sorted(found, key=lambda x: x[0])]
+
+
+def filled(block: Block, module: str, back: int) -> Array:
+    """One module's values ``(step,)``, gaps filled with the last one of at most ``back`` rows before; NaN without."""
+    (name,) = block.names
+    at = block.modules.index(module)
+    rows = np.arange(len(block.steps))
+    last = np.maximum.accumulate(np.where(block.has(name)[:, at], rows, -1))
+    return np.where((last >= 0) & (rows - last <= back), block[name][np.maximum(last, 0), at], np.nan)
+
+
+def pooled(values: Array, weights: Array, wanted: float, most: int) -> Array:
+    """Means of shares over rows: of each point and as many before it as it takes for ``wanted`` rows, at most ``most``.
+
+    Args:
+        values: ``(step,)`` shares of a batch; NaN where there are none.
+        weights: ``(step,)`` rows each was taken over.
+        wanted: rows that are enough.
+        most: points that are looked at, including the one itself.
+
+    Returns:
+        ``(step,)``; NaN where the point itself is.
+    """
+    has = np.isfinite(values) & np.isfinite(weights) & (weights > 0)
+    size = np.rint(np.where(has, weights, 0.0))
+    right = np.rint(np.where(has, values * size, 0.0))  # whole numbers: exact wherever the sums begin
+    total, good = (np.cumsum(np.pad(a, (1, 0))) for a in (size, right))
+    back = np.clip(np.ceil(wanted / np.maximum(size, 1)), 1, most).astype(np.int64)
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - back, 0)
+    with np.errstate(invalid="ignore"):
+        return np.where(has, (good[end] - good[begin]) / (total[end] - total[begin]), np.nan)
+
+
+#: Columns that `accuracies` reads, and the recorded points before the judged ones that it looks back at.
+ACCURACIES = ("logged.value", "train_accuracy.accuracy", "train_accuracy.rows")
+POOL, POOLED_ROWS = 32, 512
+
+
+def accuracies(window: Window) -> tuple[Steps, tuple[str, ...], Array, Array]:
+    """Training and held-out accuracy wherever the script logged one of the latter.
+
+    The training accuracy is the logged one if there is one (`filled`), else that of the batches (`pooled`).
+
+    Returns:
+        Steps ``(step,)``, names of the held-out accuracies, training accuracy ``(step, name)``, held-out accuracy
+        ``(step, name)`` with NaN where it was not logged. No names if none is logged, or no training accuracy is known.
+    """
+    logged, seen = window["logged.value"], window["train_accuracy.accuracy"]
+    names = tuple(logged_as(logged.modules, "accuracy"))
+    own = logged_as(logged.modules, "accuracy", train=True)
+    if not names:
+        train = np.full(len(logged.steps), np.nan)
+    elif own:
+        train = filled(logged, own[0], POOL)
+    elif seen.modules:
+        first = seen.modules[:1]
+        rows, _ = latest(window["train_accuracy.rows"], seen.steps, first)
+        values = np.where(seen.has(seen.names[0])[:, 0], seen[seen.names[0]][:, 0], np.nan)
+        shares = Block(seen.steps, first, {"share": pooled(values, rows[:, 0], POOLED_ROWS, POOL)[:, None]})
+        train = latest(shares, logged.steps, first)[0][:, 0]
+    else:
+        names, train = (), np.full(len(logged.steps), np.nan)
+    at = [logged.modules.index(name) for name in names]
+    held = np.where(logged.has("logged.value")[:, at], logged["logged.value"][:, at], np.nan)
+    return logged.steps, names, np.broadcast_to(train[:, None], held.shape), held

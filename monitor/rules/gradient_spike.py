@@ -8,9 +8,10 @@ What it means:
 How it is decided:
     Norm: 5 times the median of the 100 points before it, and on the logarithmic scale 8 robust standard deviations
     above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times the
-    (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy. The first
-    50 points of a parameter are not judged: leaving the first plateau is no spike. Every parameter is judged by
-    itself; the head of the incident is the first in order of execution.
+    (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy; both are
+    looked for in every fourth step of a large parameter. The first 50 points of a parameter are not judged: leaving
+    the first plateau is no spike. Every parameter is judged by itself; the head of the incident is the first in order
+    of execution.
 
 What to do:
     If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If not,
@@ -31,7 +32,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import CALIBRATION, latest, spikes
+from monitor.rules._series import CALIBRATION, exactly, spikes
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -43,12 +44,12 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     usable = block.has("grad_norm.norm") & (norm > 0)
     found = spikes(np.log(norm), usable, start, p, floor=float(np.log(p["times"])))
     norm = norm[start:]
-    ratio, _ = latest(window["spam_spike.ratio"], steps, modules)
+    ratio, _ = exactly(window["spam_spike.ratio"], steps, modules)
     element = np.sqrt(ratio)
     elements = found.known & (element > p["element"])
     evidence = {"norm": norm}
     if elements.any() or found.mask.any():
-        share = (latest(window["grad_norm.max_abs"], steps, modules)[0] / norm) ** 2
+        share = (exactly(window["grad_norm.max_abs"], steps, modules)[0] / norm) ** 2
         elements &= share >= p["energy"]
         evidence |= {"median": np.exp(found.median), "z": found.z, "element": element, "element_energy": share}
     yield Hits(

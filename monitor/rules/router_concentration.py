@@ -22,28 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import latest
+from monitor.rules._router import SETTLED, TRAININGS, needs, routers
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     """Routers that use hardly more experts than one token does."""
-    block = window["router_balance.effective"]
-    start = int(np.searchsorted(block.steps, window.first))
-    steps, modules = block.steps[start:], block.modules
-    used, has = block["router_balance.effective"][start:], block.has("router_balance.effective")[start:]
-    experts, k, tokens, sure = (
-        latest(window[f"router_balance.{name}"], steps, modules)[0]
-        for name in ("experts", "top_k", "tokens", "mean_normalised")
-    )
-    with np.errstate(all="ignore"):
-        limit = k + p["part"] * (experts - k)
-        enough = (steps >= p["settle"])[:, None] & (k * tokens >= p["assignments"] * experts) & (k < experts)
-    has = has & enough & ~np.isnan(used) & ~np.isnan(limit)
-    evidence = {"experts": experts, "top_k": k, "mean_normalised": sure}
-    yield Hits(steps, modules, has & (used < limit), has, used, limit, evidence)
+    r = routers(window, p, "effective", "mean_normalised")
+    limit = r.k + p["part"] * (r.experts - r.k)
+    evidence = {"experts": r.experts, "top_k": r.k, "mean_normalised": r.more["mean_normalised"]}
+    yield Hits(r.steps, r.modules, r.has & (r.value < limit), r.has, r.value, limit, evidence)
 
 
 RULE = Rule(
@@ -61,15 +49,11 @@ RULE = Rule(
     params=(
         Param(
             "part", 1 / 7, "of the way from k to E",
-            "a quarter of E at E = 8, k = 1; of 40 small MoE trainings 24 usual ones stay above, 7 of 16 provoked fire",
+            f"a quarter of E at E = 8, k = 1; of {TRAININGS} 24 usual ones stay above, 7 of 16 provoked fire",
         ),
-        Param("settle", 50, "steps", "own choice: no router is balanced at first"),
-        Param("assignments", 4, "per expert", "own choice: with fewer, chance alone empties experts"),
+        *SETTLED,
     ),
-    needs=(
-        "router_balance.effective", "router_balance.experts", "router_balance.top_k", "router_balance.tokens",
-        "router_balance.mean_normalised",
-    ),
+    needs=needs("effective", "mean_normalised"),
     check=check,
     lookback=1,
     hold=20,

@@ -16,7 +16,7 @@ from monitor_cli import app, docs
 if TYPE_CHECKING:
     from .conftest import Shell
 
-COMMANDS = ("run", "inspect", "explain", "dashboard")
+COMMANDS = ("run", "inspect", "compare", "explain", "dashboard")
 
 
 def test_the_generated_pages_are_current() -> None:

@@ -117,7 +117,24 @@ class TestScreen:
     def test_key_metrics_exist(self) -> None:
         from monitor.metric import load_metrics
 
-        assert set(KEY) <= set(load_metrics())
+        columns = {f"{m.id}.{c.name}" for m in load_metrics().values() for c in m.columns}
+        assert {ref for ref, _ in KEY} <= columns
+
+    def test_of_many_modules_the_remarkable_one_is_shown(self, record: Record, shell: Shell) -> None:
+        """Oracle: planted fault. The head with the largest logit and the router with the worst balance, a line each."""
+        more = {
+            "attn_logit_max.lse_max": {f"blocks.0[{i}]": np.full(300, 5.0 + i) for i in range(3)},
+            "attn_entropy.normalised": {f"blocks.0[{i}]": np.full(300, 0.5 + i / 10) for i in range(3)},
+            "router_balance.cv": {"a": np.full(300, 0.1), "b": np.full(300, 0.3), "c": np.full(300, np.nan)},
+        }
+        text = shell("inspect", record("moe", jump=False, more=more)).stdout
+        for shown in (
+            "attn_logit_max.lse_max blocks.0[2]",
+            "attn_entropy.normalised blocks.0[0]",
+            "router_balance.cv b",
+        ):
+            assert [n for n in lines(text) if n.startswith(shown.split()[0])] == [n for n in lines(text) if shown in n]
+            assert shown in text
 
     def test_names_are_shown_and_not_obeyed(self, record: Record, shell: Shell) -> None:
         series = {
@@ -239,6 +256,10 @@ def shape(value: Any) -> Any:
     return type(value).__name__
 
 
+RECORDED = {
+    "loss.value", "input_rms.rms", "input_rms.nonfinite", "grad_norm.norm", "grad_norm.max_abs", "grad_norm.nonfinite",
+    "grad_norm_total.norm", "learning_rate.lr", "step_time.seconds",
+}  # fmt: skip
 FINDING = {
     "rule": "str",
     "title": "str",
@@ -259,6 +280,8 @@ FINDING = {
     "thresholds": [{"name": "str", "value": "float", "unit": "str", "source": "str"}],
     "experimental": "bool",
 }
+#: Rules none of whose series the run has.
+SKIPPED = [r.id for r in load_rules().values() if r.check is not None and not RECORDED & set(r.needs)]
 DOCUMENT = {
     "schema": "int",
     "run": {
@@ -304,7 +327,7 @@ DOCUMENT = {
         }
     ],
     "findings": [FINDING],
-    "unjudged": {r.id: "str" for r in load_rules().values() if r.site in ("attention", "router", "logits")},
+    "skipped": ["str"],
 }
 
 
@@ -314,7 +337,11 @@ class TestJson:
         path = record("broken", absent=[{"what": "a", "why": "b"}], warnings=["w"])
         found = json.loads(shell("inspect", path, "--json").stdout)
         assert found["schema"] == 1
+        unjudged = found.pop("unjudged")
         assert shape(found) == DOCUMENT
+        assert found["skipped"] == SKIPPED
+        assert set(SKIPPED) <= set(unjudged)
+        assert all(unjudged[rule].startswith("not applicable: ") for rule in SKIPPED)
         assert found["steps"] == 300
         assert found["findings"][0] == found["incidents"][0]["head"]
         assert len(found["findings"]) == 1 + len(found["incidents"][0]["consequences"]) == 6
@@ -327,8 +354,8 @@ class TestJson:
                 return set(value).union(*map(keys, value.values()))
             return keys(value[0]) if isinstance(value, list) and value else set()
 
-        free = {*FINDING["evidence"], "loss", *DOCUMENT["unjudged"], "fraction"}
-        assert [k for k in keys(DOCUMENT) - free if k not in (jsonout.__doc__ or "")] == []
+        free = {*FINDING["evidence"], "loss", "fraction"}
+        assert [k for k in (keys(DOCUMENT) | {"unjudged"}) - free if k not in (jsonout.__doc__ or "")] == []
 
     def test_it_is_strict(self, record: Record, shell: Shell) -> None:
         def never(name: str) -> None:

@@ -80,3 +80,16 @@ def test_the_real_launcher_keeps_arguments_and_exit_code(script: Path) -> None:
     )
     assert done.stdout == "['--help', '--run-dir', 'x']\n"
     assert done.returncode == 5
+
+
+@pytest.mark.parametrize("content", ["import sys\nx = (1,\n", "def f():\n    raise KeyError('x')\n\nf()\n"])
+def test_a_script_that_fails_shows_what_python_shows(tmp_path: Path, content: str) -> None:
+    """Oracle: independent library. Python itself, of a script that cannot be compiled and of one that raises."""
+    script = tmp_path / "broken.py"
+    script.write_text(content)
+    ours, pythons = (
+        subprocess.run([sys.executable, *args, str(script)], capture_output=True, text=True, check=False)
+        for args in (["-m", "monitor_cli", "run"], [])
+    )
+    assert ours.stderr.startswith(pythons.stderr)
+    assert ours.returncode == pythons.returncode == 1

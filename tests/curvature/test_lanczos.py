@@ -30,9 +30,9 @@ def test_extreme_eigenvalues_vectors_and_residuals():
     k = lanczos(A, 5, 2, tol=1e-8)
     np.testing.assert_allclose(k.largest.values, [100, 50, 25, 12, 6], rtol=1e-10)
     np.testing.assert_allclose(k.smallest.values, [-8, -4], rtol=1e-10)
-    assert k.largest.converged.all() and k.smallest.converged.all() and k.asymmetry < 1e-14
+    assert k.largest.converged.all() and k.smallest.converged.all() and k.asymmetry < 1e-11
     for estimates, vectors in ((k.largest, k.eigenvectors()), (k.smallest, k.eigenvectors("smallest"))):
-        torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(estimates)).double(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(estimates)).double(), rtol=0, atol=1e-11)
         for theta, r, v in zip(estimates.values, estimates.residuals, vectors, strict=True):
             true = float((A(v) - theta * v).norm())
             assert true <= r + 1e-12 and (true > 1e-10) <= (abs(true - r) < 0.1 * r)

@@ -6,7 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from monitor.curvature import LossClosure, alignment, barrier, batch_sharpness, landscape, opposing_signals, spectrum
+from monitor.curvature import (
+    Hessian,
+    LossClosure,
+    alignment,
+    barrier,
+    batch_sharpness,
+    diagonal,
+    lanczos,
+    landscape,
+    loss_changes,
+    opposing_signals,
+    spectrum,
+    trajectory_kl,
+)
 from monitor.errors import UsageError
 
 
@@ -84,8 +97,16 @@ def test_alignment(classifier):
     np.testing.assert_allclose(
         found.hessian_distance, [[0, norm, 0], [norm, 0, norm], [0, norm, 0]], rtol=1e-5, atol=1e-12
     )
-    same = alignment({"a": sources["a"], "b": sources["a again"]})
+    same = alignment({"a": sources["a"], "b": sources["a again"]}, diagonals=2)
     assert not same.gradient_distance.any() and same.hessian_distance is None
+    assert same.diagonal_distance is not None and not same.diagonal_distance.any()
+    estimates = torch.stack([diagonal(Hessian(c), samples=3, seed=5) for c in sources.values()])
+    spread = (estimates - estimates.mean(0)).square().sum(1)
+    exact = torch.stack([h.diagonal() for h in H])
+    torch.testing.assert_close(estimates, exact, rtol=0, atol=1.0)
+    noisy = alignment(sources, diagonals=3, seed=5).diagonal_distance
+    assert noisy is not None and found.diagonal_distance is None
+    np.testing.assert_allclose(noisy, spread, rtol=1e-9)
 
 
 def test_doubled_inputs_quadruple_the_hessian():
@@ -119,6 +140,71 @@ def test_landscape_of_a_quadratic():
     assert torch.equal(model.weight[0], w)
 
 
+def test_landscape_along_eigenvectors(classifier):
+    """Oracle: dense reference: L(t) = L + t g'u + t²λ/2 + O(t³) along unit eigenvectors, which are the plane's axes."""
+    c = closure(classifier)
+    H = Hessian(c)
+    k = lanczos(H, 2, tol=1e-10)
+    u = k.eigenvectors()
+    slopes = (u @ c.gradient()).numpy()
+    h = 1e-3
+    for i in range(2):
+        line = landscape(c, u[i : i + 1], radius=h, points=3)
+        assert np.diff(line.losses, 2)[0] / h**2 == pytest.approx(k.largest.values[i], rel=1e-4)
+        assert (line.losses[2] - line.losses[0]) / (2 * h) == pytest.approx(slopes[i], rel=1e-4, abs=1e-9)
+    plane = landscape(c, u, radius=h, points=3).losses
+    mixed = (plane[2, 2] - plane[2, 0] - plane[0, 2] + plane[0, 0]) / (4 * h * h)
+    assert mixed == pytest.approx(0, abs=1e-4 * k.largest.values[0])  # u_1'Hu_2 = 0: the axes of the valley
+
+
+def test_loss_changes():
+    """Oracle: closed form (spec D8): Δ = [+5, −5, .1 × 98] gives share 10/19.8 = .50505 and split ½."""
+    delta = np.r_[5.0, -5.0, np.full(98, 0.1)]
+    start = np.full(100, 7.0)
+    found = loss_changes([start, start + delta])
+    assert found.share == pytest.approx(0.50505, abs=1e-5) and found.split == 0.5 and np.isnan(found.flip)
+    assert found.up.tolist() == [0] and found.down.tolist() == [1]
+    swung = loss_changes(np.stack([start, start + delta, start + delta * np.r_[0, 0, np.full(98, 2)]]))
+    assert swung.flip == 1 and swung.up.tolist() == [1] and swung.share == pytest.approx(found.share)
+    smooth = loss_changes(np.stack([start, start + delta, start + 2 * delta]))
+    assert smooth.flip == 0 and smooth.split == 0.5
+    alike = loss_changes([start, start + np.abs(delta)], quantile=0.1)
+    assert alike.split == 0 and len(alike.up) == 10 and not len(alike.down)
+
+
+def test_loss_changes_do_not_depend_on_scale_or_order():
+    """Oracle: invariance; and a naive transcription of spec D8 over several steps."""
+    r = np.random.default_rng(0)
+    losses = r.random((6, 50)) + 1
+    found, order = loss_changes(losses, quantile=0.1), r.permutation(50)
+    moved = loss_changes(3 * losses[:, order] - 2, quantile=0.1)
+    assert (moved.share, moved.split, moved.flip) == pytest.approx((found.share, found.split, found.flip))
+    assert order[moved.up].tolist() == found.up.tolist() and order[moved.down].tolist() == found.down.tolist()
+    shares, splits, flips = [], [], []
+    for t in range(5):
+        d = losses[t + 1] - losses[t]
+        T = sorted(range(50), key=lambda i: -abs(d[i]))[:5]
+        shares.append(sum(abs(d[i]) for i in T) / sum(abs(d)))
+        up = sum(d[i] > 0 for i in T)
+        splits.append(min(up, 5 - up) / 5)
+        if t:
+            flips += [(d[i] > 0) != (losses[t][i] > losses[t - 1][i]) for i in T]
+    expected = (np.mean(shares), np.mean(splits), np.mean(flips))
+    assert (found.share, found.split, found.flip) == pytest.approx(expected)
+
+
+def test_trajectory_kl():
+    """Oracle: closed form: logits (τ log p) against (τ log q) give KL(p‖q); independent library: F.kl_div."""
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    for tau in (1.0, 5.0):
+        found = trajectory_kl(tau * p.log() + 3, tau * q.log(), temperature=tau)
+        assert found == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+    a, b = torch.randn(2, 4, 6, 9)
+    expected = F.kl_div((b / 5).log_softmax(-1), (a / 5).log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    assert trajectory_kl(a, b) == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert trajectory_kl(a, a) == 0
+
+
 def test_barrier():
     """Oracle: closed form: a double well (w² − 1)² has a barrier of 1 between its minima; a convex loss has none."""
     model = nn.Linear(1, 1, bias=False).double()
@@ -144,6 +230,10 @@ def test_messages(classifier):
         (lambda: alignment({"one": c}), "expected at least 2 to compare"),
         (lambda: landscape(c, torch.ones(3, 79)), "expected one or two of"),
         (lambda: landscape(c, torch.ones(1, 79), points=4), "odd number"),
+        (lambda: loss_changes(np.ones(9)), r"losses have shape \(9,\)"),
+        (lambda: loss_changes([[1.0, np.nan], [1, 2]]), "all finite"),
+        (lambda: loss_changes(np.ones((2, 9))), "changed the loss of no example"),
+        (lambda: trajectory_kl(torch.ones(3, 4), torch.ones(3, 5)), "expected equal"),
         (lambda: barrier(c, {}), r"other has nothing for parameter 0\.weight"),
     ]:
         with pytest.raises(UsageError, match=message):

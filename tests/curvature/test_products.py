@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.utils.checkpoint import checkpoint
 
-from monitor.curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian, LossClosure, combined, scaled
+from monitor.curvature import (
+    EmpiricalFisher,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    LossClosure,
+    combined,
+    head_hessian,
+    lanczos,
+    scaled,
+)
 from monitor.curvature.products import Operator
 from monitor.errors import MonitorError, UsageError
 
@@ -303,6 +313,40 @@ def test_a_loss_linear_in_the_parameters_has_no_curvature():
     model = nn.Linear(3, 1)
     H = Hessian(LossClosure(model, lambda: model(torch.ones(2, 3)).mean()))
     assert not H(torch.ones(4)).any() and H.unused == ()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_hessian(bias):
+    """Oracle: dense reference (torch.func, float64) and the whole Hessian's block at the head."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4, bias=bias)).double()
+    x, y = torch.randn(20, 5, dtype=torch.float64), torch.randint(0, 4, (20,))
+    z = model[:2](x).detach()
+    found = head_hessian(z, model(x), bias=bias).dense()
+    torch.testing.assert_close(found, Hessian(LossClosure(model, F.cross_entropy, (x, y)), "2").dense())
+    head = model[2]
+    parameters = {k: p.detach() for k, p in head.named_parameters()}
+    sizes = [p.numel() for p in parameters.values()]
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        parts = zip(parameters.items(), flat.split(sizes), strict=True)
+        return F.cross_entropy(torch.func.functional_call(head, {k: v.view_as(p) for (k, p), v in parts}, (z,)), y)
+
+    flat = torch.cat([p.reshape(-1) for p in parameters.values()])
+    torch.testing.assert_close(found, torch.func.hessian(loss)(flat))
+
+
+def test_head_hessian_at_zero():
+    """Oracle: closed form (spec 5.1, 5.10): at W = 0 it is (1 − 11'/C)/C ⊗ X'X/N; doubled inputs quadruple it."""
+    x = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = head_hessian(x, torch.zeros(30, 3), bias=False)
+    S = x.T @ x / 30
+    expected = torch.kron((torch.eye(3, dtype=torch.float64) - 1 / 3) / 3, S)
+    torch.testing.assert_close(found.dense(), expected)
+    torch.testing.assert_close(head_hessian(2 * x, torch.zeros(30, 3), bias=False).dense(), 4 * expected)
+    assert lanczos(found, 1, tol=1e-9).largest.values[0] == pytest.approx(float(torch.linalg.eigvalsh(S)[-1]) / 3)
+    with pytest.raises(UsageError, match=r"expected \(N, d\) and \(N, C\)"):
+        head_hessian(x, torch.zeros(29, 3))
 
 
 def test_scaled_and_combined():

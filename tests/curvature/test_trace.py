@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from monitor.curvature import Hessian, LossClosure, Operator, lanczos, traces, xtrace
+from monitor.curvature import Hessian, LossClosure, Operator, diagonal, lanczos, traces, xtrace
 from monitor.errors import UsageError
 
 
@@ -110,6 +110,20 @@ def test_xtrace_of_low_rank_is_exact():
     """Oracle: closed form; rank 3 lies inside a basis of 6."""
     operator, A = rotated(np.r_[5.0, 4, 3, np.zeros(30)])
     assert xtrace(operator, products=12).value == pytest.approx(A.trace(), rel=1e-6)
+
+
+def test_diagonal():
+    """Oracle: closed form: exact for a diagonal matrix; else unbiased, with variance Σ_{j≠i} A_ij² per sample."""
+    exact = diagonal(Operator(lambda v: torch.arange(9.0) * v, 9), samples=1)
+    assert torch.equal(exact, torch.arange(9.0))
+    B = torch.randn(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = B + B.T
+    operator = Operator(lambda v: A @ v, 30, torch.float64)
+    draws = torch.stack([diagonal(operator, samples=5, seed=s) for s in range(400)])
+    variance = (A.square().sum(1) - A.diagonal().square()) / 5
+    z = (draws.mean(0) - A.diagonal()) / (variance / 400).sqrt()
+    assert z.abs().max() < 4 and 0.6 < float(z.square().mean()) < 1.6
+    torch.testing.assert_close(draws.var(0), variance, rtol=0.35, atol=0)
 
 
 def test_messages():

@@ -116,6 +116,11 @@ def test_unjudged_says_why() -> None:
     assert short.unjudged()["loss_spike"] == "not enough evidence: 12 of 20 points of loss.value"
     assert short.unjudged()["unoptimized_parameter"] == "not enough evidence: the run does not say its optimizers"
     assert "nonfinite" not in short.unjudged()
+    # of a rule none of whose series was recorded there is nothing to have more evidence of
+    assert short.unjudged()["input_jump"] == "not applicable: input_rms.rms was not recorded"
+    assert {"input_jump", "load_imbalance"} <= set(short.inapplicable())
+    assert not {"loss_spike", "nonfinite", "unoptimized_parameter"} & set(short.inapplicable())
+    assert Engine(RULES, {}).inapplicable() == ()
     assert "loss_spike" not in fold(RULES, [column("loss.value", [1.0] * 21)]).unjudged()
     only_others = fold(RULES, [column("param_norm.norm", [1.0], ("w",))])
     assert "nonfinite" not in only_others.unjudged()

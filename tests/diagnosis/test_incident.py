@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor.diagnosis.finding import Finding
-from monitor.diagnosis.incident import SLACK, group
+from monitor.diagnosis.incident import SLACK, group, together
 from monitor.diagnosis.verdict import verdict
 from monitor.rule import load_rules
 
@@ -118,6 +119,33 @@ def test_text(findings: list[Finding], level: str, text: str) -> None:
     told = verdict(findings, {"input_jump": "not enough evidence"}, 2000)
     assert (told.level, told.text) == (level, text)
     assert told.unjudged == {"input_jump": "not enough evidence"}
+
+
+def test_rules_that_do_not_apply_are_not_counted() -> None:
+    """Oracle: golden. Of three rules that did not decide, one looked for something the run does not have."""
+    unjudged = {"input_jump": "thin", "load_imbalance": "not applicable", "loss_spike": "thin"}
+    told = verdict([], unjudged, 2000, ("load_imbalance",))
+    assert told.text.endswith(f"({len(RULES) - 3} rules judged; 2 had not enough evidence).")
+    assert told.thin == {"input_jump": "thin", "loss_spike": "thin"}
+    assert told.unjudged == unjudged
+    only = verdict([], {"load_imbalance": "not applicable"}, 2000, ("load_imbalance",))
+    assert only.text.endswith(f"({len(RULES) - 1} rules judged).")
+
+
+def test_together() -> None:
+    """Oracle: closed form. One entry a rule, the first finding of it and how many others there are."""
+    a, b, c = (finding("gradient_spike", s, module=m) for s, m in ((3, "a"), (3, "b"), (5, "a")))
+    spike = finding("loss_spike", 4)
+    assert together([a, b, spike, c]) == [(a, 2), (spike, 0)]
+    assert together([]) == []
+
+
+def test_a_rule_that_is_not_known() -> None:
+    """Oracle: planted fault. A finding of another version is told by its title, also as a consequence."""
+    gone = replace(finding("gradient_spike", 30, 40, "layer"), rule="gone", title="Gone")
+    assert verdict([gone], {}, 100).text == "Gone in layer in steps 30–40."
+    both = verdict([finding("input_jump", 25, module="input[0]", site="input"), gone], {}, 100)
+    assert both.text == "Input jump in input[0] at step 25; it led to gone (layer) at step 30."
 
 
 def test_not_enough_evidence() -> None:

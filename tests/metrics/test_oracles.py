@@ -59,7 +59,8 @@ def transcribe_logit_rows(z: Array, y: Labels) -> dict[str, float]:
     """The statistics of the pass over logits, row by row and class by class as they are defined; float32 loss."""
     n, k = z.shape
     names = (
-        "sum_norm sum_cnorm sum_rowstd sumsq sum_z sum_margin sum_true_margin sum_lse sumsq_lse sum_entropy sum_top1"
+        "sum_norm sum_cnorm sum_rowstd sumsq sum_z sum_margin sum_true_margin sum_lse sumsq_lse sum_entropy sum_top1 "
+        "sum_rate sum_zscore"
     )
     s = dict.fromkeys([*names.split(), "collapsed", "collapsed_any"], 0.0)
     top = {"max_norm": -math.inf, "max_cnorm": -math.inf, "max_z": -math.inf, "min_z": math.inf}
@@ -82,6 +83,8 @@ def transcribe_logit_rows(z: Array, y: Labels) -> dict[str, float]:
         s["sumsq_lse"] += lse**2
         s["sum_entropy"] -= sum(x * math.log(x) for x in p if x > 0)
         s["sum_top1"] += max(p)
+        s["sum_rate"] += row[label] - sum(p_k * z_k for p_k, z_k in zip(p, row, strict=True))
+        s["sum_zscore"] += (row[label] - mean) / (cnorm / math.sqrt(k))
         s["collapsed"] += R <= 2.0**-24 and best == label
         s["collapsed_any"] += R <= 2.0**-24
         heads.append(math.log(R) + P32 if R > 0 else -math.inf)
@@ -114,9 +117,9 @@ def dense_logit_columns(z: Array, y: Labels) -> dict[str, dict[str, float]]:
         "logit_scale": {
             "rms": np.sqrt(np.mean(z**2)), "mean": z.mean(), "max_abs": np.abs(z).max(),
             "row_std": z.std(axis=1).mean(), "margin": (ordered[:, -1] - ordered[:, -2]).mean(),
-            "true_margin": (true - others.max(axis=1)).mean(),
+            "true_margin": (true - others.max(axis=1)).mean(), "max": z.max(), "min": z.min(),
         },
-        "log_z": {"mean": lse.mean(), "std": lse.std(), "z_loss": np.mean(lse**2)},
+        "log_z": {"mean": lse.mean(), "std": lse.std(), "z_loss": np.mean(lse**2), "excess": lse.mean() - np.log(k)},
         "pred_entropy": {"entropy": entropy, "normalised": entropy / np.log(k), "top1_mass": p.max(axis=1).mean()},
         "softmax_collapse_frac": {
             "frac": (lost & (z.argmax(axis=1) == y)).mean(), "any_frac": lost.mean(), "rows": n,
@@ -124,10 +127,15 @@ def dense_logit_columns(z: Array, y: Labels) -> dict[str, dict[str, float]]:
         "sc_headroom": {
             "q05": np.quantile(head, 0.05, method="inverted_cdf"), "q50": np.quantile(head, 0.5, method="inverted_cdf"),
         },
+        "nlm_rate": {"rate": (true - (p * z).sum(axis=1)).mean()},
+        "zscore_target": {"mean": ((true - z.mean(axis=1)) / z.std(axis=1)).mean()},
     }  # fmt: skip
 
 
-LOGIT_METRICS = ("logit_norm", "logit_scale", "log_z", "pred_entropy", "softmax_collapse_frac", "sc_headroom")
+LOGIT_METRICS = (
+    "logit_norm", "logit_scale", "log_z", "pred_entropy", "softmax_collapse_frac", "sc_headroom", "nlm_rate",
+    "zscore_target",
+)  # fmt: skip
 
 
 def measure_logits(z: Array, y: Labels) -> dict[str, dict[str, float]]:
@@ -172,6 +180,8 @@ def test_a_constant_on_every_row_changes_only_what_the_softmax_cannot_see(zy: tu
         "logit_scale": ("row_std", "margin", "true_margin"),
         "pred_entropy": ("entropy", "normalised", "top1_mass"),
         "sc_headroom": ("q05", "q50"),
+        "nlm_rate": ("rate",),
+        "zscore_target": ("mean",),
     }
     for m, columns in same.items():
         for column in columns:
@@ -190,6 +200,7 @@ def test_scaling_laws(zy: tuple[Array, Labels], a: float):
         for column, value in one[m].items():
             if column != "rows":
                 assert scaled[m][column] == pytest.approx(a * value, rel=1e-9, abs=1e-12), (m, column)
+    assert scaled["zscore_target"]["mean"] == pytest.approx(one["zscore_target"]["mean"], rel=1e-9)
     for m, column in (("sc_headroom", "q50"), ("sc_headroom", "q05"), ("pred_entropy", "entropy")):
         assert (scaled[m][column] - one[m][column]) * (a - 1) <= 1e-9, (m, column)
 
@@ -243,8 +254,9 @@ def test_log_z_spread_below_rounding_is_zero():
     lse = np.float32(10.824905)
     for rounding in (-1e-7, 1e-7):
         square = np.float32(3) * lse**2 * np.float32(1 + rounding)
-        assert measure("log_z", {"n": 3, "sum_lse": np.float32(3) * lse, "sumsq_lse": square})["std"] == 0
-    assert measure("log_z", {"n": 2, "sum_lse": 20.02, "sumsq_lse": 10.0**2 + 10.02**2})["std"] == pytest.approx(0.01)
+        assert measure("log_z", {"n": 3, "classes": 2, "sum_lse": np.float32(3) * lse, "sumsq_lse": square})["std"] == 0
+    two = {"n": 2, "classes": 2, "sum_lse": 20.02, "sumsq_lse": 10.0**2 + 10.02**2}
+    assert measure("log_z", two)["std"] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -140,6 +140,55 @@ def test_an_unmodified_trainer_run(tmp_path: Path) -> None:
     assert json.dumps(run.facts["optimizers"])
 
 
+EAGER = """
+import hashlib, sys, torch
+torch.set_num_threads(1)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=64, max_position_embeddings=32, attention_dropout=0.1, attn_implementation="eager",
+))
+tokens = torch.randint(0, 64, (64, 16), generator=torch.Generator().manual_seed(1))
+data = [{"input_ids": t, "labels": t} for t in tokens]
+args = TrainingArguments(sys.argv[1], max_steps=12, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+                         save_strategy="no", disable_tqdm=True, seed=0, gradient_checkpointing=sys.argv[2] == "again")
+Trainer(model, args, train_dataset=data).train()
+digest = hashlib.sha256()
+for p in model.parameters():
+    digest.update(p.detach().numpy().tobytes())
+digest.update(torch.get_rng_state().numpy().tobytes())
+print("digest", digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("forward", ["once", pytest.param("again", marks=pytest.mark.slow)])
+def test_attention_by_hand_under_a_trainer(forward: str, tmp_path: Path) -> None:
+    """Oracle: invariance. Llama's eager attention with dropout, also checkpointed: parameters and generator, heads."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    script = tmp_path / "train.py"
+    script.write_text(EAGER)
+
+    def digest(*command: str) -> str:
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / "out"), forward], cwd=tmp_path, capture_output=True, text=True,
+            check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("digest"))
+
+    folder = tmp_path / "run"
+    control = digest(sys.executable)
+    assert digest(sys.executable, "-m", "monitor_cli", "run", "--run-dir", str(folder)) == control
+    run = monitor.open(folder)
+    assert not run.warnings
+    assert run.modules("attn_entropy.entropy") == tuple(
+        f"model.layers.{layer}.self_attn[{h}]" for layer in range(2) for h in range(4)
+    )
+    assert len(run.series("attn_logit_max.found", "model.layers.1.self_attn[3]")[0]) == 11
+
+
 def test_accelerate(tmp_path: Path) -> None:
     """Oracle: definition. Accelerate's wrapper is an optimizer too; only the inner one steps, once."""
     accelerate = pytest.importorskip("accelerate")

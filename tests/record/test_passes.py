@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from monitor.block import ABSENT_BITS
 from monitor.record.passes import distance, logit_rows, loss_rows, update
-from monitor.record.passes.gradient import THETA, Scratch, gradient_stats, spike_stats
+from monitor.record.passes.gradient import THETA, GradientReader, History
 from monitor.record.passes.input import input_stats
 
 
@@ -25,7 +27,7 @@ def reference(z: Tensor, y: Tensor, u: float) -> dict[str, float]:
     """A naive float64 transcription of the definitions, one row after another."""
     out: dict[str, float] = dict.fromkeys(
         ("sum_norm", "sum_cnorm", "sum_rowstd", "sum_margin", "sum_true_margin", "sum_lse", "sumsq_lse", "sum_entropy",
-         "sum_top1", "collapsed", "collapsed_any", "sumsq", "sum_z"), 0.0
+         "sum_top1", "sum_rate", "sum_zscore", "collapsed", "collapsed_any", "sumsq", "sum_z"), 0.0
     )  # fmt: skip
     heads = []
     for row, target in zip(z.double(), y.tolist(), strict=True):
@@ -46,6 +48,8 @@ def reference(z: Tensor, y: Tensor, u: float) -> dict[str, float]:
         out["sumsq_lse"] += lse**2
         out["sum_entropy"] += -(p * p.clamp_min(1e-300).log()).sum().item()
         out["sum_top1"] += p.max().item()
+        out["sum_rate"] += (row[target] - (p * row).sum()).item()
+        out["sum_zscore"] += ((row[target] - row.mean()) / row.std(unbiased=False)).item()
         out["collapsed"] += residual <= u and int(row.argmax()) == target
         out["collapsed_any"] += residual <= u
         heads.append(math.log(residual) - math.log(u) if residual else -math.inf)
@@ -84,6 +88,28 @@ def test_scale_family() -> None:
     assert math.sqrt(s["sumsq"] / 4) == pytest.approx(1.5)
     assert stats(torch.tensor([[math.log(3), 0.0]]))["sum_entropy"] == pytest.approx(0.562335, abs=1e-6)
     assert stats(torch.zeros(1, 50257))["sum_lse"] == pytest.approx(10.824905, rel=1e-6)
+    assert stats(torch.tensor([[3.0, 0, 0, 0]]), torch.tensor([0]))["sum_zscore"] == pytest.approx(3**0.5, rel=1e-6)
+    assert stats(torch.full((1, 5), 7.0), torch.tensor([2]))["sum_zscore"] == 0
+
+
+def test_rate_of_two_zero() -> None:
+    """Oracle: closed form. z = (2, 0), class 0: p = (0.880797, 0.119203), rate 2 - 1.761594."""
+    assert stats(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))["sum_rate"] == pytest.approx(0.23840584, rel=1e-6)
+
+
+def test_rate_is_what_every_layer_would_gain_by_growing() -> None:
+    """Oracle: independent computation. Euler: -<g, W> of each layer of a bias-free ReLU network is the rate."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(10, 20, bias=False), nn.ReLU(), nn.Linear(20, 15, bias=False), nn.ReLU(), nn.Linear(15, 7, bias=False)
+    ).double()
+    x, y = torch.randn(64, 10, dtype=torch.float64), torch.randint(0, 7, (64,))
+    z = net(x)
+    F.cross_entropy(z, y).backward()
+    rate = stats(z.detach(), y)["sum_rate"] / 64
+    for w in net.parameters():
+        assert w.grad is not None
+        assert -(w.grad * w).sum().item() == pytest.approx(rate, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +148,12 @@ def test_logit_rows_invariances(rows: int, classes: int, seed: int, shift: float
     z, y = torch.randn(rows, classes, generator=g, dtype=torch.float64), torch.randint(0, classes, (rows,), generator=g)
     base = stats(z, y)
     shifted = stats(z + shift, y)
-    for name in ("sum_entropy", "sum_margin", "sum_true_margin", "sum_top1", "headroom_q50", "sum_cnorm", "collapsed"):
+    for name in (
+        "sum_entropy", "sum_margin", "sum_true_margin", "sum_top1", "sum_rate", "sum_zscore", "headroom_q50",
+        "sum_cnorm", "collapsed",
+    ):  # fmt: skip
         assert shifted[name] == pytest.approx(base[name], rel=1e-6, abs=1e-6), name
+    assert stats(8 * z, y)["sum_zscore"] == pytest.approx(base["sum_zscore"], rel=1e-9)
     noise = torch.cat((z, 100 * torch.randn(3, classes, generator=g, dtype=torch.float64)))
     kept = torch.arange(rows + 3) < rows
     masked = stats(noise, torch.cat((y, torch.tensor([-100] * 3))), valid=kept)
@@ -158,50 +188,110 @@ def test_loss_rows_reads_what_the_kernel_did() -> None:
     z, y = torch.randn(500, 59, generator=g) * 12, torch.randint(0, 59, (500,), generator=g)
     z[torch.arange(200), y[:200]] += 40
     y[::7] = -100
-    n, zero, correct, top1 = loss_rows.loss_rows(z.log_softmax(1), y, -100)
+    n, zero, correct, top1, looked = loss_rows.loss_rows(z.log_softmax(1), y, -100)
     kept = y != -100
-    assert n == kept.sum()
+    assert n == looked == kept.sum()
     assert zero == ((F.cross_entropy(z, y, reduction="none") == 0) & kept).sum()
     assert correct == ((z.argmax(1) == y) & kept).sum()
     assert top1 == pytest.approx(z.softmax(1).amax(1)[kept].sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("value", "count"), [(1e-24, 1000), (1e-38, 7), (1e30, 50), (3.0, 4)])
+def test_loss_rows_of_many_logits_are_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: independent computation. All rows are asked for their loss, every fifth for its first choice."""
+    g = torch.Generator().manual_seed(0)
+    z, y = torch.randn(64, 50, generator=g), torch.randint(0, 50, (64,), generator=g)
+    z[:9, :] -= 200 * (1 - F.one_hot(y[:9], 50))
+    monkeypatch.setattr(loss_rows, "ALL", 700)
+    n, zero, correct, top1, looked = loss_rows.loss_rows(z.log_softmax(1), y, -100)
+    assert (n, zero, looked) == (64, 9, 13)
+    assert correct == (z.argmax(1) == y)[::5].sum()
+    assert top1 == pytest.approx(z.softmax(1).amax(1)[::5].sum().item(), rel=1e-5)
+
+
+def gradient_stats(*grads: Tensor) -> list[list[float]]:
+    return GradientReader(grads).read(grads, 0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "count"), [(1e-24, 1000), (1e-38, 7), (1e30, 50), (3.0, 4), (0.0, 4), (1e-24, 30000)]
+)
 def test_gradient_norm_over_the_whole_range(value: float, count: int) -> None:
     """Oracle: closed form. The norm of n equal elements x is sqrt(n) x, also where squares under- or overflow."""
-    norm, peak, bad = gradient_stats([torch.full((count,), value)])[0].tolist()
+    norm, peak, bad, *_ = gradient_stats(torch.full((count,), value))[0]
     assert norm == pytest.approx(math.sqrt(count) * value, rel=1e-5)
     assert peak == pytest.approx(value, rel=1e-6)
     assert bad == 0
 
 
-def test_gradient_non_finite_is_counted_and_kept() -> None:
-    """Oracle: planted fault. Two NaN and one inf are three; norm and peak stay non-finite."""
-    g = torch.ones(100)
+@pytest.mark.parametrize("size", [100, 100_000], ids=["small", "large"])
+def test_gradient_non_finite_is_counted_and_kept(size: int) -> None:
+    """Oracle: planted fault. Two NaN and one inf are three, whether or not it was the turn of their tensors."""
+    g = torch.ones(size)
     g[3] = g[5] = math.nan
-    inf = torch.ones(50)
+    inf = torch.ones(size)
     inf[7] = -math.inf
-    (n1, p1, b1), (n2, p2, b2), (n3, _, b3) = gradient_stats([g, inf, torch.ones(4)]).tolist()
+    grads = [g, inf, torch.ones(size), torch.ones(4)]
+    (n1, p1, b1, *_), (n2, p2, b2, *_), (n3, _, b3, *_), (_, p4, *_) = (
+        GradientReader(grads).read(grads, 3, extremes=False).tolist()
+    )
     assert math.isnan(n1)
     assert math.isnan(p1)
-    assert (b1, n2, p2, b2, n3, b3) == (2, math.inf, math.inf, 1, 2, 0)
+    assert (b1, n2, p2, b2, b3, p4) == (2, math.inf, math.inf, 1, 0, 1)
+    assert n3 == pytest.approx(math.sqrt(size))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_norms_are_summed_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_gradient_statistics_in_every_dtype(dtype: torch.dtype) -> None:
     """Oracle: dense float64 reference. 16-bit gradients, 16-bit accumulation would be off by per cents."""
-    g = torch.randn(10000).to(dtype)
-    assert gradient_stats([g])[0, 0].item() == pytest.approx(g.double().norm().item(), rel=1e-5)
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randn(s, generator=g).to(dtype) for s in ((7,), (60, 90), (30_000,), (1,), (300, 400))]
+    grads.append(grads[-1].t())
+    for values, x in zip(gradient_stats(*grads), grads, strict=True):
+        assert values[0] == pytest.approx(x.double().norm().item(), rel=1e-5)
+        assert values[1:3] == [pytest.approx(x.abs().max().item()), 0]
+
+
+def test_gradient_absent_where_not_looked() -> None:
+    """Oracle: definition. Large tensors have extremes when asked for, small ones always; absent is no number."""
+    grads = [torch.ones(3), torch.ones(20_000), torch.full((20_000,), 2.0)]
+    reader = GradientReader(grads)
+    assert reader._turns[1] == ([2], [1])
+    values = np.asarray(reader.read(grads, 1, extremes=False))
+    absent = values.view(np.uint32) == ABSENT_BITS
+    assert absent.tolist() == [[False] * 3 + [True] * 2, [False, True, False, True, True], [False] * 3 + [True] * 2]
+    assert values[[0, 2], 1].tolist() == [1, 2]
+
+
+def test_many_tiny_gradients() -> None:
+    """Oracle: dense float64 reference. Groups are cut at their largest size; every tensor keeps its own numbers."""
+    g = torch.Generator().manual_seed(0)
+    grads = [torch.randn(int(n), generator=g) for n in torch.randint(1, 1500, (300,), generator=g)]
+    found = np.asarray(GradientReader(grads).read(grads, 0))
+    np.testing.assert_allclose(found[:, 0], [x.double().norm().item() for x in grads], rtol=1e-6)
+    np.testing.assert_array_equal(found[:, 1], [x.abs().max().item() for x in grads])
+
+
+def test_the_accelerator_sees_what_the_cpu_sees() -> None:
+    """Oracle: independent computation. The path without a sync, run on a CPU, against the grouped one."""
+    torch.manual_seed(0)
+    grads = [torch.randn(50), torch.randn(200, 100) * 1e-25, torch.zeros(9), torch.randn(20_000)]
+    grads[3][7] = math.inf
+    seconds = [torch.rand_like(g) * 1e-4 if g.numel() != 9 else None for g in grads]
+    reader, history = GradientReader(grads, [v is not None for v in seconds]), History(seconds, 0.99, 50)
+    wanted, got = np.asarray(reader.read(grads, 0, history)), reader._on_device(grads, [1], history).numpy()
+    absent = wanted.view(np.uint32) == ABSENT_BITS
+    np.testing.assert_array_equal((got.view(np.uint32) == ABSENT_BITS)[:, 3:], absent[:, 3:])
+    np.testing.assert_allclose(got[~absent], wanted[~absent], rtol=1e-4)  # v before the step: a difference
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.99, 0.999])
 def test_spikes_seen_after_the_step_are_those_before_it(beta2: float) -> None:
     """Oracle: naive transcription of SPAM's rule with the second moment before the step, bias-corrected, in float64."""
     torch.manual_seed(0)
-    shapes = [(3000,), (60, 90), (7,)]
+    shapes = [(3000,), (60, 190), (7,)]
     params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
     opt = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, beta2))
-    scratch, found = Scratch(), 0
+    reader, found = GradientReader(params, [True] * 3), 0
     for t in range(90):
         before = [opt.state[p]["exp_avg_sq"].double().clone() if t else None for p in params]
         for p in params:
@@ -212,7 +302,7 @@ def test_spikes_seen_after_the_step_are_those_before_it(beta2: float) -> None:
         if t < 20:
             continue
         grads = [p.grad for p in params if p.grad is not None]
-        got = spike_stats(grads, [opt.state[p]["exp_avg_sq"] for p in params], beta2, t + 1, scratch)
+        got = reader.read(grads, 0, History([opt.state[p]["exp_avg_sq"] for p in params], beta2, t + 1))[:, 3:]
         for i, (g, v) in enumerate(zip(grads, before, strict=True)):
             assert v is not None
             ratio = g.double() ** 2 / (v / (1 - beta2**t))
@@ -227,17 +317,18 @@ def test_spikes_seen_after_the_step_are_those_before_it(beta2: float) -> None:
     assert found > 40
 
 
-def test_spike_threshold_and_untouched_elements() -> None:
+@pytest.mark.parametrize("size", [10, 300_000], ids=["small", "in pieces"])
+def test_spike_threshold_and_untouched_elements(size: int) -> None:
     """Oracle: closed form. v-hat = 1: 71 is spiked (5,041 > 5,000), 70 is not; a first gradient of 5 is not either."""
     beta2, n = 0.999, 10_001
     correction = 1 - beta2 ** (n - 1)
     for value, spiked in ((71.0, 1), (70.0, 0)):
-        g = torch.zeros(10)
-        g[0], g[1] = value, 5.0
-        v = torch.full((10,), correction)
-        v[0] = beta2 * correction + (1 - beta2) * value**2
+        g = torch.zeros(size)
+        g[-1], g[1] = value, 5.0
+        v = torch.full((size,), correction)
+        v[-1] = beta2 * correction + (1 - beta2) * value**2
         v[1] = (1 - beta2) * 25
-        count, ratio = spike_stats([g], [v], beta2, n, Scratch())[0].tolist()
+        count, ratio = GradientReader([g], [True]).read([g], 0, History([v], beta2, n))[0, 3:].tolist()
         assert count == spiked
         assert ratio == pytest.approx(value**2 if spiked else 0, rel=1e-3)
 

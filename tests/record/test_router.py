@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 import monitor
 from monitor.record.passes.router import HEAD, LOAD_STATS, STATS, balance, joined, on_device, router_sums
 from monitor.record.site import START
-from tests.record import trainings
+from tests.record import moe, trainings
 
 
 def numbers(sums: Tensor | np.ndarray) -> tuple[dict[str, float], list[list[float]]]:
@@ -25,15 +26,18 @@ def numbers(sums: Tensor | np.ndarray) -> tuple[dict[str, float], list[list[floa
 
 
 def test_two_experts_with_everything() -> None:
-    """Oracle: closed form. f = (½, ½, 0, …): Σ f² = ½, H(f) = ln 2; zero scores: entropy ln 8, lse² = (ln 8)²."""
+    """Oracle: closed form. f = (½, ½, 0, …): Σ f² = ½, H(f) = ln 2; zero scores: entropy ln 8, lse² = (ln 8)².
+
+    A capacity of ⌈1.25 · 64 / 8⌉ = 10 leaves 2 · 22 = 44 over.
+    """
     chosen = torch.arange(64).remainder(2).view(64, 1)
     found, loads = numbers(router_sums(chosen, 8, torch.zeros(64, 8)))
     assert found == pytest.approx(
         {
             "tokens": 64, "rows": 64, "experts": 8, "assigned": 64, "sum_entropy": 64 * math.log(8),
             "mean_entropy": math.log(8), "sumsq_lse": 64 * 4.324077, "max_z": 0, "sumsq_load": 0.5, "max_load": 0.5,
-            "load_entropy": math.log(2),
-        }
+            "load_entropy": math.log(2), "sum_margin": 0, "over": 44, "dropped": 0, "limited": 0, "early_z": math.nan,
+        }, nan_ok=True,
     )  # fmt: skip
     assert loads == [[32, 64], [32, 64], *([[0, 64]] * 6)]
     assert len(LOAD_STATS) == 2
@@ -56,7 +60,10 @@ def test_against_float64(scale: float) -> None:
             "mean_entropy": entropy(p.mean(0)).sum().item(), "sumsq_lse": z.logsumexp(1).square().sum().item(),
             "max_z": z.max().item(), "sumsq_load": f.square().sum().item(), "max_load": f.max().item(),
             "load_entropy": entropy(f).sum().item(),
-        }, rel=1e-5,
+            "sum_margin": (z.topk(2).values @ torch.tensor([1.0, -1.0], dtype=torch.float64)).sum().item(),
+            "over": (600 * f - math.ceil(1.25 * 600 / 12)).clamp_min(0).sum().item(), "dropped": 0, "limited": 0,
+            "early_z": math.nan,
+        }, rel=1e-5, nan_ok=True,
     )  # fmt: skip
     assert [n for n, _ in loads] == (600 * f).round().tolist()
 
@@ -68,7 +75,8 @@ def test_micro_batches_join_to_the_whole() -> None:
     whole, loads = numbers(router_sums(chosen, 6, z))
     parts = joined(router_sums(chosen[:20], 6, z[:20]), router_sums(chosen[20:], 6, z[20:]))
     found, found_loads = numbers(parts)
-    assert found == pytest.approx(whole, rel=1e-6) and found_loads == loads
+    assert whole.pop("over") <= found.pop("over") == 2  # of which there is one capacity in each part
+    assert found == pytest.approx(whole, rel=1e-6, nan_ok=True) and found_loads == loads
     assert len(parts) == HEAD + 12
 
 
@@ -142,6 +150,26 @@ def tempered(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     return weights, chosen
 
 
+def largest(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    p = router(x).softmax(-1)
+    weights, chosen = p.max(dim=-1, keepdim=True)
+    return weights, chosen
+
+
+def one_argmax(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    p = router(x).softmax(-1)
+    chosen = torch.argmax(p, dim=-1)
+    return p.amax(-1, keepdim=True), chosen.unsqueeze(-1)
+
+
+def two_argmax(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = router(x)
+    p = z.softmax(-1)
+    first = p.argmax(-1, keepdim=True)
+    chosen = torch.cat([first, z.scatter(1, first, -math.inf).argmax(-1, keepdim=True)], 1)
+    return p.gather(1, chosen), chosen
+
+
 def run(model: nn.Module, folder: Path, steps: int = 3, micro: int = 1) -> monitor.Run:
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
     with monitor.attach(model, folder):
@@ -155,7 +183,7 @@ def run(model: nn.Module, folder: Path, steps: int = 3, micro: int = 1) -> monit
     return found
 
 
-@pytest.mark.parametrize("route", [after_softmax, before_softmax, biased_sigmoid])
+@pytest.mark.parametrize("route", [after_softmax, before_softmax, biased_sigmoid, largest, one_argmax, two_argmax])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_hand_written_routers(route: Callable[..., tuple[Tensor, Tensor]], micro: int, tmp_path: Path) -> None:
     """Oracle: dense float64 reference from the model's own scores and choices; micro-batches are one batch."""
@@ -176,12 +204,94 @@ def test_hand_written_routers(route: Callable[..., tuple[Tensor, Tensor]], micro
             "z": z.logsumexp(1).square().mean().item(),
             "max_logit": z.max().item(),
             "tokens": 16 * micro,
-            "top_k": 2,
+            "top_k": chosen.shape[1],
+            "margin": (z.topk(2).values[:, 0] - z.topk(2).values[:, 1]).mean().item(),
+            "mutual_information": (torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()).item(),
+            "over_capacity": over_capacity(model.seen[part]),
         }
         found = {name: recorded.series(f"router_balance.{name}", "router")[1][step] for name in expected}
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
         loads = [recorded.series("router_load.load", f"router[{e}]")[1][step] for e in range(4)]
         assert loads == pytest.approx(f.tolist())
+    assert "router_balance.dropped" not in recorded.refs()
+
+
+def over_capacity(calls: list[Tensor], experts: int = 4) -> float:
+    """Naive transcription of Switch Transformers, section 2.2: tokens queue, and a full expert sends them away."""
+    sent_away = 0
+    for chosen in calls:
+        capacity = math.ceil(1.25 * chosen.numel() / experts)
+        room = [capacity] * experts
+        for e in chosen.flatten().tolist():
+            sent_away += room[e] == 0
+            room[e] = max(0, room[e] - 1)
+    return sent_away / sum(chosen.numel() for chosen in calls)
+
+
+def limited(route: str) -> Callable[[nn.Linear, Tensor], tuple[Tensor, Tensor]]:
+    """A router with room for three tokens an expert, its mask made in one of the usual ways."""
+
+    def choose(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, chosen = one_argmax(router, x) if route == "argmax" else after_softmax(router, x)
+        if route == "argmax":
+            wanted = F.one_hot(chosen[:, 0], 4)
+            kept = (wanted * (torch.cumsum(wanted, dim=-2) <= 3)).gather(1, chosen)
+        elif route == "joint":
+            wanted = torch.zeros_like(router(x)).scatter(1, chosen, 1.0)
+            kept = (wanted * torch.lt(wanted.cumsum(0) - 1, 3)).gather(1, chosen)
+        else:  # the second choices queue behind the first
+            first, second = F.one_hot(chosen[:, 0], 4), F.one_hot(chosen[:, 1], 4)
+            before = torch.cumsum(first, 0) - 1
+            after = torch.cumsum(second, 0) - 1
+            after += first.sum(0, keepdim=True)
+            kept = torch.cat([(m * (at < 3)).sum(1, keepdim=True) for m, at in ((first, before), (second, after))], 1)
+        lost.append(1 - kept.double().mean().item())
+        return weights * kept, chosen
+
+    lost: list[float] = []
+    choose.lost = lost  # pyright: ignore[reportFunctionMemberAccess]
+    return choose
+
+
+@pytest.mark.parametrize("route", ["argmax", "joint", "one after the other"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_what_the_model_drops(route: str, micro: int, tmp_path: Path) -> None:
+    """Oracle: naive transcription. The fraction is what the model itself kept out, and not what 1.25 would."""
+    trainings.seed()
+    choose: Any = limited(route)
+    model = Routed(choose)
+    recorded = run(model, tmp_path / "run", micro=micro)
+    lost = torch.tensor(choose.lost).view(3, micro).mean(1)
+    assert recorded.series("router_balance.dropped", "router")[1] == pytest.approx(lost.tolist())
+    assert lost.min() > 0.1
+    would = [over_capacity(model.seen[micro * i : micro * (i + 1)]) for i in range(3)]
+    assert recorded.series("router_balance.over_capacity", "router")[1] == pytest.approx(would)
+
+
+def test_a_mask_that_leaves_some_out_is_not_taken_for_the_limit(tmp_path: Path) -> None:
+    """Oracle: planted fault. A queue in another order of tokens does not say which of them were dropped."""
+
+    def sorted_first(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, chosen = one_argmax(router, x)
+        order = weights[:, 0].argsort(descending=True)
+        wanted = F.one_hot(chosen[:, 0], 4)[order]
+        room = (torch.cumsum(wanted, 0) <= 3)[order.argsort()]
+        return weights * room.gather(1, chosen), chosen
+
+    trainings.seed()
+    recorded = run(Routed(sorted_first), tmp_path / "run")
+    assert "router_balance.over_capacity" in recorded.refs()
+    assert "router_balance.dropped" not in recorded.refs()
+
+
+def test_the_z_loss_of_a_twentieth_ago(tmp_path: Path) -> None:
+    """Oracle: definition. From step 200 on, the value at most a twentieth of the steps from the beginning."""
+    trainings.seed()
+    recorded = run(Routed(after_softmax), tmp_path / "run", steps=411)
+    z = dict(zip(*recorded.series("router_balance.z", "router"), strict=True))
+    steps, early = recorded.series("router_balance.early_z", "router")
+    assert steps.tolist() == list(range(200, 411, 5))
+    assert [early[steps == s][0] for s in (200, 299, 300, 400, 410) if s in steps] == [z[10], z[15], z[20], z[20]]
 
 
 def test_scores_that_cannot_be_read_are_absent(tmp_path: Path) -> None:
@@ -207,6 +317,8 @@ class Accuracy(nn.Module):
         values, at = codes.topk(8)
         scores = values @ values.T
         scores.topk(2)
+        codes.softmax(-1).argmax(-1)
+        self.head(codes).softmax(-1).max(-1)
         return self.head(torch.zeros_like(codes).scatter(1, at, values.relu()))
 
 
@@ -254,48 +366,16 @@ def test_a_collapsed_router_is_found(balancing: float, tmp_path: Path) -> None:
     assert found == ({("router_concentration", "router"), ("load_imbalance", "router")} if balancing < 0 else set())
 
 
-CLIENTS = {
-    "olmoe": ("Olmoe", {"num_experts": 8, "output_router_logits": True}),
-    "mixtral": ("Mixtral", {"num_local_experts": 8, "output_router_logits": True}),
-    "qwen2_moe": ("Qwen2Moe", {"num_experts": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
-    "qwen3_moe": ("Qwen3Moe", {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8}),
-    "deepseek_v3": (
-        "DeepseekV3",
-        {
-            "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 16, "q_lora_rank": 16,
-            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-            "first_k_dense_replace": 0,
-        },
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("client", moe.CLIENTS)
 def test_unmodified_transformers(client: str, tmp_path: Path) -> None:
     """Oracle: dense float64 reference from what the model's own router modules return; nothing else is a router."""
     pytest.importorskip("transformers")
-    name, more = CLIENTS[client]
-    module = importlib.import_module(f"transformers.models.{client}")
-    torch.manual_seed(0)
-    config = getattr(module, f"{name}Config")(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more,
-    )  # fmt: skip
-    model = getattr(module, f"{name}ForCausalLM")(config).train()
+    model = moe.client(client)
     returned: dict[str, list[tuple[Tensor, ...]]] = {}
     for path, m in model.named_modules():
         if path.endswith(".gate"):
-            nn.init.normal_(m.weight, std=0.3)
             m.register_forward_hook(lambda m, args, out, path=path: returned.setdefault(path, []).append(out))
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with monitor.attach(model, tmp_path / "run"):
-        for _ in range(2):
-            tokens = torch.randint(0, 64, (2, 16))
-            model(tokens, labels=tokens).loss.backward()
-            opt.step()
-            opt.zero_grad()
-    recorded = monitor.open(tmp_path / "run")
-    assert not recorded.warnings
+    recorded = moe.train(model, tmp_path / "run")
     assert len(returned) == 2
     assert set(recorded.frame("router_balance")["module"]) == set(returned)
     for path, calls in returned.items():
@@ -305,3 +385,51 @@ def test_unmodified_transformers(client: str, tmp_path: Path) -> None:
             assert loads == pytest.approx(f.tolist())
             z_loss = z.detach().double().logsumexp(-1).square().mean().item()
             assert recorded.series("router_balance.z", path)[1][step] == pytest.approx(z_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("client", ["switch_transformers", "nllb_moe"])
+def test_transformers_with_a_capacity(client: str, tmp_path: Path) -> None:
+    """Oracle: dense float64 reference from the dispatch masks that the model's own routers return."""
+    pytest.importorskip("transformers")
+    module = importlib.import_module(f"transformers.models.{client}")
+    torch.manual_seed(0)
+    shared = {"vocab_size": 64, "d_model": 32, "num_experts": 4, "expert_capacity": 5, "decoder_start_token_id": 0}
+    if client == "switch_transformers":
+        config = module.SwitchTransformersConfig(
+            d_ff=32, d_kv=8, num_heads=4, num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
+            num_sparse_decoder_layers=1, **shared,
+        )  # fmt: skip
+        model = module.SwitchTransformersForConditionalGeneration(config).train()
+    else:
+        config = module.NllbMoeConfig(
+            encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_sparse_step=1, decoder_sparse_step=1, second_expert_policy="all",
+            batch_prioritized_routing=False, **shared,
+        )  # fmt: skip
+        model = module.NllbMoeForConditionalGeneration(config).train()
+    kept: dict[str, list[tuple[Tensor, int]]] = {}
+    for path, m in model.named_modules():
+        if path.endswith(".router"):
+            nn.init.normal_(m.classifier.weight, std=0.5)
+            m.register_forward_hook(lambda m, args, out, path=path: kept.setdefault(path, []).append(dispatched(out)))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(2):
+            tokens = torch.randint(4, 64, (2, 16))
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            opt.step()
+            opt.zero_grad()
+    recorded = monitor.open(tmp_path / "run")
+    assert not recorded.warnings
+    assert len(kept) >= 2
+    for path, calls in kept.items():
+        for step, (mask, k) in enumerate(calls):
+            lost = 1 - mask.double().sum().item() / (32 * k)
+            assert recorded.series("router_balance.dropped", f"{path}.classifier")[1][step] == pytest.approx(lost)
+            assert recorded.series("router_balance.top_k", f"{path}.classifier")[1][step] == k
+
+
+def dispatched(out: Any) -> tuple[Tensor, int]:
+    """The 0/1 mask a router of transformers gives, and its choices a token."""
+    mask, gates = out[0].detach(), out[1].detach()
+    return (gates > 0, 2) if gates.shape[-1] == 4 else (mask, 1)

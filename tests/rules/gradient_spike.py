@@ -22,6 +22,18 @@ def elements(at: int, ratio: float, share: float) -> tuple[ColumnBlock, ...]:
     return column("spam_spike.ratio", ratios, W), column("grad_norm.max_abs", largest, W)
 
 
+def in_turn(largest_at: int) -> tuple[ColumnBlock, ...]:
+    """Elements looked for at steps 0, 4, …; one is 100 times its usual size at 148. Its share is known at one step."""
+    ratios: list[float | None] = [None if t % 4 else 50.0 for t in range(200)]
+    ratios[148] = 1e4
+    largest = [WAVE[largest_at] if t == largest_at else None for t in range(200)]
+    return (
+        column("grad_norm.norm", WAVE, ("w",)),
+        column("spam_spike.ratio", ratios, ("w",)),
+        column("grad_norm.max_abs", largest, ("w",)),
+    )
+
+
 CASES = (
     Case("×100 in both: in order of execution", (norms(150, 100, 200),), ((W[0], 150), (W[1], 150)), "warning"),
     Case("×100 in the last only", (norms(150, 1, 200),), ((W[1], 150),)),
@@ -42,6 +54,8 @@ CASES = (
         "near miss: a rare embedding row, 1e6 times but a tenth of the energy",
         (norms(0, 1, 2), *elements(150, 1e6, 0.1)),
     ),
+    Case("gaps: elements are looked for in every fourth step only", in_turn(148), (("w", 148),)),
+    Case("near miss: how much one element holds is known of another step only", in_turn(144)),
     Case(
         "gaps: a module that is used in every second step, the other never after step 60",
         (

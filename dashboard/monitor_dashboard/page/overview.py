@@ -216,9 +216,9 @@ def _incidents(view: View) -> None:
 def _recording(view: View) -> None:
     """What recording cost and what it missed."""
     st.html(markup.heading("Recording") + markup.recording(view.run, view.warnings))
-    if view.verdict.unjudged:
-        with st.expander(f"Not judged · {len(view.verdict.unjudged)}"):
-            st.html(markup.table(view.verdict.unjudged.items(), words=True))
+    if view.verdict.thin:
+        with st.expander(f"Not judged · {len(view.verdict.thin)}"):
+            st.html(markup.table(view.verdict.thin.items(), words=True))
 
 
 PAGE = Page("Overview", 0, page)

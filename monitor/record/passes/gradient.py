@@ -1,4 +1,4 @@
-"""Norm, extremes, non-finite values and element spikes of every gradient, in cache-sized groups.
+"""Norm, extremes, non-finite values and element spikes of every gradient, in cache-sized pieces.
 
 Source: SPAM (Huang et al., 2025): an element is spiked if g^2 > Theta v with v Adam's second moment before the step and
 Theta = 5000. Seen after the step, with v' = b2 v + (1 - b2) g^2, that is g^2 (b2 + Theta (1 - b2)) > Theta v' (exact
@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from monitor.block import ABSENT
 from monitor.record.passes.dtype import sum_dtype
 
+Index = npt.NDArray[np.intp]
+
 STATS = ("norm", "max_abs", "nonfinite", "spikes", "spike_ratio")
+_NORM, _PEAK, _BAD, _SPIKES, _RATIO = range(5)
 THETA = 5000.0
 #: Updates before the second moment says anything (SPAM's own warm-up).
 WARMUP = 20
@@ -25,170 +32,253 @@ WARMUP = 20
 #: decides which.
 _LOST = 1e-6
 _TINY = torch.finfo(torch.float32).tiny
+#: Norms below this have lost bits in float32, whose squares end at 1e-38.
+_LEAST = 1e-15
 
 
-def gradient_stats(grads: Sequence[Tensor]) -> Tensor | np.ndarray:
-    """Norm, largest absolute value and count of non-finite elements of each tensor.
+@dataclass(frozen=True)
+class History:
+    """What Adam remembers of the gradients.
 
-    Args:
-        grads: dense floating tensors of one device, none of them empty; read only.
-
-    Returns:
-        ``(tensor, 3)``: float64 array on a CPU, float32 tensor elsewhere. The norm is right down to elements of 1e-38
-        (rescaled by the largest element where float32 squares underflow) and is infinite only if an element is, or the
-        true norm exceeds 3.4e38.
-
-    Cost: two reads of each gradient; no host sync on an accelerator.
-    Source: definition; underflow measured (the float32 norm of 1,000 x 1e-24 is 0).
-    """
-    if grads[0].device.type == "cpu":
-        return _on_cpu(grads)
-    extremes = [torch.aminmax(g) for g in grads]
-    low = torch.stack([e[0] for e in extremes]).float()
-    high = torch.stack([e[1] for e in extremes]).float()
-    peak = torch.maximum(-low, high)
-    bad = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    norm = torch.stack(torch._foreach_norm(list(grads), 2, dtype=wide)).float()
-    scaled = torch._foreach_div([g.float() for g in grads], list(peak.clamp_min(_TINY).unbind()))
-    exact = torch.stack(torch._foreach_norm(scaled)) * peak
-    norm = torch.where(torch.isfinite(peak) & (peak > 0), exact, norm)
-    return torch.stack((norm, peak, bad), dim=1)
-
-
-def _on_cpu(grads: Sequence[Tensor]) -> np.ndarray:
-    out = np.zeros((len(grads), 3))
-    # each tensor is read twice in a row, the second time from cache if it fits; one conversion for all results
-    if all(g.dtype == torch.float32 for g in grads):
-        read = [t for g in grads for t in (torch.linalg.vector_norm(g), *g.aminmax())]
-    else:
-        read = [t.float() for g in grads for t in (torch.linalg.vector_norm(g, dtype=sum_dtype(g)), *g.aminmax())]
-    norm, low, high = torch.stack(read).numpy().reshape(-1, 3).T
-    out[:, 0], out[:, 1] = norm, np.maximum(-low, high)
-    # squares of elements below 1e-19 lose bits in float32, above 1.8e19 they overflow
-    odd = ~np.isfinite(norm) | ((norm < 1e-15) & (out[:, 1] > 0))
-    for i in np.flatnonzero(odd).tolist():
-        if math.isfinite(out[i, 1]):
-            out[i, 0] = float(torch.linalg.vector_norm(grads[i], dtype=torch.float64))
-        else:
-            out[i, 2] = float((~torch.isfinite(grads[i])).sum())
-    return out
-
-
-def spike_stats(
-    grads: Sequence[Tensor], seconds: Sequence[Tensor], beta2: float, n: float, scratch: Scratch
-) -> Tensor | np.ndarray:
-    """Spiked elements of each gradient, from Adam's second moment after the step.
-
-    Args:
-        grads: gradients the optimizer used, dense, of one device.
-        seconds: their second moments after the step (``exp_avg_sq``), of the same shapes.
-        beta2: decay of the second moment.
+    Attributes:
+        seconds: second moment after the step (``exp_avg_sq``) of each gradient, of the same shape and dtype; None for
+            those that have none.
+        beta2: its decay.
         n: updates in it including this one; at least 2.
-        scratch: reused between steps.
-
-    Returns:
-        ``(tensor, 2)``, float64 array on a CPU, else float32 tensor: number of spiked elements, and the largest g^2 / v
-        (bias-corrected v before the step) among them, 0 if there is none. Where v is lost to rounding (see `_LOST`) the
-        tensor's mean stands in for it.
-
-    Cost: on a CPU two reads and two cached passes that decide whether anything is spiked; more only where something
-    is. On an accelerator always the full computation, without a sync.
-    Source: SPAM, module docstring.
     """
-    correction = 1 - beta2 ** (n - 1)
-    theta = THETA / correction
-    slope = (beta2 + theta * (1 - beta2)) / theta  # spiked: v' < slope g^2
-    if grads[0].device.type != "cpu":
-        return torch.stack([_on_device(g, v, beta2, correction, slope) for g, v in zip(grads, seconds, strict=True)])
-    out = np.zeros((len(grads), 2))
-    for group in scratch.groups(grads):
-        g, v = scratch.flat([grads[i] for i in group], [seconds[i] for i in group])
-        # one multiply-add and one minimum decide for the whole group
-        short = torch.addcmul(v, g, g, value=-slope, out=scratch.room(g.numel(), g.dtype))
-        if float(short.amin()) < 0:
-            _count(out, group, [grads[i].numel() for i in group], short, g, v, beta2, correction)
-    return out
+
+    seconds: Sequence[Tensor | None]
+    beta2: float
+    n: float
+
+    @property
+    def correction(self) -> float:
+        """What the second moment before the step is divided by."""
+        return 1 - self.beta2 ** (self.n - 1)
+
+    @property
+    def slope(self) -> float:
+        """An element is spiked if its second moment after the step is below ``slope`` g^2."""
+        theta = THETA / self.correction
+        return (self.beta2 + theta * (1 - self.beta2)) / theta
 
 
-def _count(
-    out: np.ndarray, group: Sequence[int], sizes: Sequence[int], short: Tensor, g: Tensor, v: Tensor, beta2: float,
-    correction: float,
-) -> None:  # fmt: skip
-    """Count the elements with ``short < 0`` for each tensor of a group, on a CPU."""
-    # numpy: several times faster than torch on so little data, and torch's nonzero is slow on a CPU
-    gradient, second = g.numpy(), v.numpy()
-    at = np.flatnonzero(short.numpy() < 0)
-    begin = 0
-    for i, size in zip(group, sizes, strict=True):
-        mine = at if len(group) == 1 else at[(at >= begin) & (at < begin + size)]
-        if mine.size:
-            square, now = np.square(gradient[mine].astype(np.float64)), second[mine].astype(np.float64)
-            before = (now - (1 - beta2) * square) / beta2
-            lost = before <= _LOST * now
-            if lost.any():
-                rest = float(second[begin : begin + size].sum()) - float(now.sum())
-                before[lost] = rest / max(1, size - mine.size)
-            ratio = square * correction / np.maximum(before, np.finfo(np.float64).tiny)
-            spiked = (ratio > THETA) & (before > 0)
-            out[i, 0], out[i, 1] = int(spiked.sum()), float(ratio[spiked].max(initial=0))
-        begin += size
+@dataclass(frozen=True)
+class _Group:
+    """Small tensors that are read side by side.
+
+    Attributes:
+        at: their indices.
+        begins: where each begins in the row.
+        size: elements of the row.
+        remembered: True if the optimizer has second moments of them.
+    """
+
+    at: Index
+    begins: Index
+    size: int
+    remembered: bool
 
 
-def _on_device(g: Tensor, v: Tensor, beta2: float, correction: float, slope: float) -> Tensor:
-    square, second = g.double().square(), v.double()
-    tripped = second < slope * square
+class GradientReader:
+    """Reads gradients of the same shapes step after step.
+
+    Of every tensor the norm is taken, and non-finite elements are counted where the norm is not finite. Largest
+    elements and spikes need three times as much reading: on a CPU they are looked for in tensors of up to `SMALL`
+    elements, which are copied side by side so that one call serves many, and in the larger ones by turns.
+
+    Args:
+        grads: like those that will be read: dense floating tensors of one device and dtype, none of them empty.
+        remembered: which of them the optimizer has a second moment of; default: none.
+    """
+
+    SMALL, GROUP, PIECE, TURNS = 1 << 13, 1 << 16, 1 << 16, 4
+
+    def __init__(self, grads: Sequence[Tensor], remembered: Sequence[bool] | None = None) -> None:
+        self._device, self._wide = grads[0].device, sum_dtype(grads[0])
+        self._readable = grads[0].dtype == self._wide
+        self._buffers: dict[str, npt.NDArray[Any]] = {}
+        self._remembered = list(remembered or [False] * len(grads))
+        sizes = [g.numel() for g in grads]
+        large = [i for i, size in enumerate(sizes) if size > self.SMALL]
+        #: For each turn the large tensors that are looked at closely, and the others.
+        self._turns = [
+            (large[turn :: self.TURNS], [i for at, i in enumerate(large) if at % self.TURNS != turn])
+            for turn in range(self.TURNS)
+        ]
+        self._groups: list[_Group] = []
+        for known in (True, False):
+            some: list[int] = []
+            for i, size in enumerate(sizes):
+                if size > self.SMALL or self._remembered[i] is not known:
+                    continue
+                if some and sum(sizes[j] for j in some) + size > self.GROUP:
+                    self._add(some, sizes)
+                    some = []
+                some.append(i)
+            self._add(some, sizes)
+        self._blank = np.full((len(grads), len(STATS)), ABSENT)
+        self._blank[:, _BAD] = 0
+        self._unspiked = self._blank.copy()
+        for group in self._groups:
+            if group.remembered:
+                self._unspiked[group.at, _SPIKES:] = 0
+
+    def _add(self, at: list[int], sizes: list[int]) -> None:
+        if at:
+            mine = [sizes[i] for i in at]
+            begins = np.cumsum([0, *mine[:-1]])
+            self._groups.append(_Group(np.array(at), begins, sum(mine), self._remembered[at[0]]))
+
+    def read(
+        self, grads: Sequence[Tensor], turn: int, history: History | None = None, extremes: bool = True
+    ) -> Tensor | npt.NDArray[np.float32]:
+        """The statistics `STATS` of each tensor.
+
+        Args:
+            grads: of the sizes, device and dtype given before; read only.
+            turn: which of the large tensors are looked at closely, from 0 to ``TURNS - 1``.
+            history: what the optimizer remembers; without it no spikes are looked for.
+            extremes: take the largest element of all large tensors.
+
+        Returns:
+            ``(tensor, 5)`` float32, an array on a CPU; `monitor.block.ABSENT` where nothing was looked for. The norm is
+            right down to elements of 1e-38 (taken in float64 or rescaled where float32 squares underflow) and is
+            infinite only if an element is, or the true norm exceeds 3.4e38. ``spike_ratio`` is the largest g^2 / v
+            (bias-corrected v before the step) among the spiked elements, 0 if there is none; where v is lost to
+            rounding (see `_LOST`) the tensor's mean stands in for it.
+
+        Cost: on a CPU one read of every gradient; close up, one of the second moment and a few of what is in cache
+        then; more only where something is spiked. On an accelerator norm and extremes of every gradient each time; no
+        host sync.
+        Source: definition; underflow measured (the float32 norm of 1,000 x 1e-24 is 0); SPAM, module docstring.
+        """
+        close, far = self._turns[turn]
+        if self._device.type != "cpu":
+            return self._on_device(grads, close, history)
+        out = (self._blank if history is None else self._unspiked).copy()
+        with np.errstate(all="ignore"):
+            for group in self._groups:
+                self._side_by_side(out, group, grads, history)
+            if far and not extremes:
+                norms = torch._foreach_norm([grads[i] for i in far], 2, dtype=self._wide)
+                out[far, _NORM] = torch.stack(norms).numpy()
+            for i in close:
+                self._close_up(out[i], grads[i], None if history is None else history.seconds[i], history)
+            for i in far if extremes else ():
+                self._close_up(out[i], grads[i], None, None)
+            norm = out[:, _NORM]
+            if not (norm.min() >= _LEAST and norm.max() < np.inf):
+                self._rescue(out, grads)
+        return out
+
+    def _side_by_side(
+        self, out: npt.NDArray[np.float32], group: _Group, grads: Sequence[Tensor], history: History | None
+    ) -> None:
+        g = self._row("grads", group.size, [grads[i] for i in group.at])
+        square = np.multiply(g, g, out=self._room("square", g.size))
+        # in binary the root of a square is exact
+        extremes = np.add.reduceat(square, group.begins), np.maximum.reduceat(square, group.begins)
+        out[group.at, :_BAD] = np.sqrt(extremes).T
+        if history is None or not group.remembered:
+            return
+        v = self._row("seconds", group.size, [v for i in group.at if (v := history.seconds[i]) is not None])
+        tripped = v < np.multiply(square, history.slope, out=square)
+        if tripped.any():
+            pieces = zip(group.at, group.begins, [*group.begins[1:], group.size], strict=True)
+            for i, begin, end in pieces:
+                if tripped[begin:end].any():
+                    out[i, _SPIKES:] = _spikes(g[begin:end], v[begin:end], history)
+
+    def _close_up(
+        self, row: npt.NDArray[np.float32], gradient: Tensor, second: Tensor | None, history: History | None
+    ) -> None:
+        g = (gradient if self._readable else gradient.float()).reshape(-1).numpy()
+        v = None if second is None else second.reshape(-1).numpy()
+        total, largest, tripped = 0.0, [], False
+        for begin in range(0, g.size, self.PIECE):  # pieces that stay in cache
+            piece = g[begin : begin + self.PIECE]
+            square = np.multiply(piece, piece, out=self._room("square", piece.size))
+            total += float(square.sum())
+            largest.append(square.max())
+            if v is not None and history is not None and not tripped:
+                np.multiply(square, history.slope, out=square)
+                tripped = bool((v[begin : begin + self.PIECE] < square).any())
+        row[_NORM], row[_PEAK] = math.sqrt(total), np.sqrt(np.max(largest))
+        if v is not None and history is not None:
+            row[_SPIKES:] = _spikes(g, v, history) if tripped else (0, 0)
+
+    def _rescue(self, out: npt.NDArray[np.float32], grads: Sequence[Tensor]) -> None:
+        """Look again where the norm has left what float32 can square: at 0 and very small, very large or not finite."""
+        norm = out[:, _NORM]
+        for i in np.flatnonzero(~((norm >= _LEAST) & (norm < np.inf))).tolist():
+            if norm[i] == 0 and self._readable and not grads[i].numpy().any():  # of an expert that no token chose
+                out[i, _PEAK] = 0
+                continue
+            low, high = (float(t) for t in grads[i].aminmax())
+            out[i, _PEAK] = peak = np.maximum(-low, high)
+            if not np.isfinite(peak):
+                out[i, _BAD] = float((~torch.isfinite(grads[i])).sum())
+            elif peak > 0:
+                norm[i] = float(torch.linalg.vector_norm(grads[i], dtype=torch.float64))
+
+    def _room(self, name: str, n: int) -> npt.NDArray[Any]:
+        """``(n,)`` uninitialised elements, the same memory each time."""
+        held = self._buffers.get(name)
+        if held is None or held.size < n:
+            held = self._buffers[name] = np.empty(n, np.float64 if self._wide == torch.float64 else np.float32)
+        return held[:n]
+
+    def _row(self, name: str, n: int, tensors: Sequence[Tensor]) -> npt.NDArray[Any]:
+        """Copies of all tensors as one vector of ``n`` elements."""
+        room = self._room(name, n)
+        flat = [t if t.dim() == 1 else t.reshape(-1) for t in tensors]
+        if self._readable:
+            torch.cat(flat, out=torch.from_numpy(room))
+        else:
+            torch.from_numpy(room).copy_(torch.cat(flat))
+        return room
+
+    def _on_device(self, grads: Sequence[Tensor], close: Sequence[int], history: History | None) -> Tensor:
+        extremes = [torch.aminmax(g) for g in grads]
+        low = torch.stack([e[0] for e in extremes]).float()
+        high = torch.stack([e[1] for e in extremes]).float()
+        peak = torch.maximum(-low, high)
+        bad = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
+        norm = torch.stack(torch._foreach_norm(list(grads), 2, dtype=sum_dtype(grads[0]))).float()
+        scaled = torch._foreach_div([g.float() for g in grads], list(peak.clamp_min(_TINY).unbind()))
+        exact = torch.stack(torch._foreach_norm(scaled)) * peak
+        norm = torch.where(torch.isfinite(peak) & (peak > 0), exact, norm)
+        absent = torch.full((2,), int(ABSENT.view(np.int32)), dtype=torch.int32, device=self._device)
+        spikes = [absent.view(torch.float32)] * len(grads)
+        if history is not None:
+            for i in (*(int(i) for group in self._groups for i in group.at), *close):
+                if (v := history.seconds[i]) is not None:
+                    spikes[i] = _spikes_on_device(grads[i], v, history)
+        return torch.cat((torch.stack((norm, peak, bad), dim=1), torch.stack(spikes)), dim=1)
+
+
+def _spikes(g: npt.NDArray[Any], v: npt.NDArray[Any], history: History) -> tuple[float, float]:
+    """Number and largest ratio of the spiked elements of a vector on a CPU."""
+    at = np.flatnonzero(v < g * g * history.slope)
+    beta2 = history.beta2
+    square, now = np.square(g[at].astype(np.float64)), v[at].astype(np.float64)
+    before = (now - (1 - beta2) * square) / beta2
+    lost = before <= _LOST * now
+    if lost.any():
+        before[lost] = (float(v.sum()) - float(now.sum())) / max(1, v.size - at.size)
+    ratio = square * history.correction / np.maximum(before, np.finfo(np.float64).tiny)
+    spiked = (ratio > THETA) & (before > 0)
+    return float(spiked.sum()), float(ratio[spiked].max(initial=0))
+
+
+def _spikes_on_device(g: Tensor, v: Tensor, history: History) -> Tensor:
+    """``(2,)`` float32, as `_spikes`, without a sync."""
+    square, second, beta2 = g.double().square(), v.double(), history.beta2
+    tripped = second < history.slope * square
     before = (second - (1 - beta2) * square).div_(beta2)
     rest = torch.where(tripped, 0.0, second).sum() / (~tripped).sum().clamp_min(1)
     before = torch.where(before <= _LOST * second, rest, before)
-    ratio = square * correction / before.clamp_min(torch.finfo(torch.float64).tiny)
+    ratio = square * history.correction / before.clamp_min(torch.finfo(torch.float64).tiny)
     spiked = tripped & (ratio > THETA) & (before > 0)
     return torch.stack((spiked.sum().double(), torch.where(spiked, ratio, 0.0).max())).float()
-
-
-class Scratch:
-    """Buffers of `spike_stats`, and how small tensors are put together so that one call serves many.
-
-    Tensors of up to `SMALL` elements are copied side by side into groups of at most `GROUP`; larger ones stand alone.
-    """
-
-    SMALL, GROUP = 1 << 12, 1 << 16
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._groups: dict[tuple[int, ...], list[list[int]]] = {}
-
-    def groups(self, tensors: Sequence[Tensor]) -> list[list[int]]:
-        """Indices of the tensors that are handled together."""
-        sizes = tuple(t.numel() for t in tensors)
-        known = self._groups.get(sizes)
-        if known is None:
-            found: list[list[int]] = []
-            small: list[int] = []
-            for i, size in enumerate(sizes):
-                if size > self.SMALL:
-                    found.append([i])
-                    continue
-                if small and sum(sizes[j] for j in small) + size > self.GROUP:
-                    found.append(small)
-                    small = []
-                small.append(i)
-            known = self._groups[sizes] = [*found, *([small] if small else [])]
-        return known
-
-    def room(self, n: int, dtype: torch.dtype, name: str = "square") -> Tensor:
-        """``(n,)`` uninitialised elements, the same memory each time."""
-        held = self._buffers.get((name, dtype))
-        if held is None or held.numel() < n:
-            held = self._buffers[(name, dtype)] = torch.empty(n, dtype=dtype)
-        return held[:n]
-
-    def flat(self, grads: Sequence[Tensor], seconds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Both lists as one vector each: a view of a single tensor, or a copy of several."""
-        if len(grads) == 1:
-            return grads[0].reshape(-1), seconds[0].reshape(-1)
-        total = sum(g.numel() for g in grads)
-        a, b = self.room(total, grads[0].dtype, "grads"), self.room(total, seconds[0].dtype, "seconds")
-        torch.cat([g.reshape(-1) for g in grads], out=a)
-        torch.cat([v.reshape(-1) for v in seconds], out=b)
-        return a, b

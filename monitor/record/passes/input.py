@@ -14,10 +14,9 @@ from monitor.record.passes.dtype import sum_dtype
 STATS = ("n", "sumsq", "max_abs", "nonfinite", "fingerprint")
 MERGE = ("sum", "sum", "max", "sum", "last")
 
-#: Fingerprints are below 2^24, so that a float32 row holds them exactly.
-_MODULUS = 1 << 24
 _SAMPLE = 1024
-_PRIME = 1000003
+#: Bits as which an element can be read, by its bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def input_stats(x: Tensor) -> Tensor | list[float]:
@@ -50,18 +49,20 @@ def input_stats(x: Tensor) -> Tensor | list[float]:
 
 
 def _fingerprint(x: Tensor) -> Tensor | float:
-    flat = x.reshape(-1) if x.is_contiguous() else x.flatten()
-    stride = max(1, flat.numel() // _SAMPLE)
-    some = flat[::stride][:_SAMPLE].contiguous()
-    whole = some.view(torch.int32 if some.element_size() == 4 else torch.uint8)
+    """Multiply-shift hash (Dietzfelbinger et al., 1997) of the bits: below 2^24, so that a float32 holds it exactly."""
+    bits = x.detach().view(_BITS[x.element_size()])
+    stride = max(1, bits.numel() // _SAMPLE)
     if x.device.type == "cpu":
-        array = whole.numpy().astype(np.int64) % _PRIME
-        return float((array * _weights(array.size)).sum() % _MODULUS)
-    weights = torch.from_numpy(_weights(whole.numel())).to(x.device, non_blocking=True)
-    return ((whole.to(torch.int64) % _PRIME) * weights).sum().remainder(_MODULUS).float()
+        some = bits.numpy().reshape(-1)[::stride][:_SAMPLE]
+        words = some.astype(np.uint32) if some.itemsize < 8 else np.ascontiguousarray(some).view(np.uint32)
+        return float(np.dot(words, _weights(words.size)) >> 8)
+    some = bits.reshape(-1)[::stride][:_SAMPLE]
+    words = some.to(torch.int64) if some.element_size() < 8 else some.contiguous().view(torch.int32).to(torch.int64)
+    weights = torch.from_numpy(_weights(words.numel()).astype(np.int64)).to(x.device, non_blocking=True)
+    return (((words * weights).sum() & 0xFFFFFFFF) >> 8).float()
 
 
 @cache
 def _weights(n: int) -> np.ndarray:
-    """Fixed odd-looking factors, so that swapped elements change the sum."""
-    return np.arange(1, n + 1, dtype=np.int64) * 2654435761 % _PRIME
+    """Fixed odd factors of 32 bits that have nothing to do with each other, so that swapped elements change the sum."""
+    return np.random.default_rng(0).integers(0, 1 << 31, n, dtype=np.uint32) * np.uint32(2) + np.uint32(1)

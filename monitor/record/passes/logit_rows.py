@@ -2,7 +2,9 @@
 
 Every row is read once, in tiles that stay in cache; nothing of the size of the logits is allocated. With m the largest
 logit of a row and R = sum over the other classes of exp(z_k - m) (summed without the largest, so that it does not
-cancel): log Z = m + log1p(R), p_max = 1/(1+R), H = log1p(R) - sum_k (z_k - m) exp(z_k - m) / (1+R).
+cancel): log Z = m + log1p(R), p_max = 1/(1+R), H = log1p(R) - E, with E = sum_k (z_k - m) exp(z_k - m) / (1+R) the
+mean of the logits under the softmax, from m on. The rate of naive loss minimisation is z_y - m - E; the z-score of the
+target is sqrt(K) (z_y - mean_k z_k) / |z - mean_k z_k|, and 0 for a row of equal logits.
 
 Source: Prieto et al. (2025), Grokking at the Edge of Numerical Stability, Definitions 1-3 for the collapse, with R <= u
 (u the unit roundoff, half of eps) as the exact, order-independent rule; the rest by definition.
@@ -21,7 +23,7 @@ from torch import Tensor
 STATS = (
     "n", "classes", "u_nats", "sum_norm", "max_norm", "sum_cnorm", "max_cnorm", "sum_rowstd", "sumsq", "sum_z", "max_z",
     "min_z", "sum_margin", "sum_true_margin", "sum_lse", "sumsq_lse", "sum_entropy", "sum_top1", "collapsed",
-    "collapsed_any", "headroom_q05", "headroom_q50",
+    "collapsed_any", "sum_rate", "sum_zscore", "headroom_q05", "headroom_q50",
 )  # fmt: skip
 _OPS = {"classes": "last", "u_nats": "last", "max_norm": "max", "max_cnorm": "max", "max_z": "max", "min_z": "min"}
 #: Quantiles of several micro-batches are averaged (the only statistics here that do not merge exactly).
@@ -41,8 +43,8 @@ def logit_rows(z: Tensor, y: Tensor | None, dtype: torch.dtype, valid: Tensor | 
 
     Args:
         z: ``(row, class)`` logits, any floating dtype, at least 2 classes; read only.
-        y: ``(row,)`` int64 class of each row, or None if the targets are not classes (the true margin and the collapse
-            of the true class are then NaN).
+        y: ``(row,)`` int64 class of each row, or None if the targets are not classes (what is said of the true class
+            is then NaN).
         dtype: the dtype in which the user's loss is computed; its unit roundoff decides what is absorbed.
         valid: ``(row,)`` bool, False for rows that do not count. Default: all count.
 
@@ -87,10 +89,11 @@ def _reduced(xp: Any, r: Any, k: int, dtype: torch.dtype, valid: Any) -> Any:
         )
     sums, squares = r.sum(axis=1), xp.square(r[:_SQUARED]).sum(axis=1)
     top, bottom = xp.amax(high[:_EXTREME], axis=1), xp.amin(low[_LOW])
-    norm, lse, cnorm, sum_z, _, _, margin, true_margin, entropy, top1, _, _ = sums
+    norm, lse, cnorm, sum_z, _, _, margin, true_margin, entropy, top1, _, _, rate, zscore = sums
     values = (
         n, k, -math.log(u), norm, top[0], cnorm, top[2], cnorm / math.sqrt(k), squares[0], sum_z, top[4], bottom,
-        margin, true_margin, lse, squares[1], entropy, top1, collapsed.sum(), absorbed.sum(),
+        margin, true_margin, lse, squares[1], entropy, top1, collapsed.sum(), absorbed.sum(), rate,
+        zscore * math.sqrt(k),
     )  # fmt: skip
     if xp is np:
         ordered = np.sort(headroom)
@@ -103,6 +106,7 @@ def _reduced(xp: Any, r: Any, k: int, dtype: torch.dtype, valid: Any) -> Any:
 
 
 _QUANTILES = (0.05, 0.5)
+_LEAST = float(np.finfo(np.float32).tiny)
 # rows of what `_tile` returns
 _SQUARED, _EXTREME, _LOW, _RESIDUAL, _RIGHT = 2, 5, 5, 10, 11
 
@@ -118,7 +122,7 @@ def _number(value: float, device: torch.device) -> Tensor:
 
 
 def _tile(xp: Any, z: Any, y: Any) -> Any:
-    """``(12, row)``: what one tile gives per row. ``xp`` is numpy or torch."""
+    """``(14, row)``: what one tile gives per row. ``xp`` is numpy or torch."""
     k = z.shape[1]
     every = xp.arange(z.shape[0], device=z.device)
     top = xp.argmax(z, axis=1)
@@ -142,6 +146,10 @@ def _tile(xp: Any, z: Any, y: Any) -> Any:
     true_margin = xp.where(right == 0, at_y, -second + 0 * at_y)
     log1p = xp.log1p(residual)
     p = 1 / (1 + residual)
-    return xp.stack(
-        (norm, m + log1p, cnorm, shift + k * m, m, low, -second, true_margin, log1p - weighted * p, p, residual, right)
-    )
+    mean = weighted * p
+    # equal logits have neither spread nor distance: 0 over the smallest normal number
+    zscore = (at_y - shift / k) / xp.clip(cnorm, _LEAST, None)
+    return xp.stack((
+        norm, m + log1p, cnorm, shift + k * m, m, low, -second, true_margin, log1p - mean, p, residual, right,
+        at_y - mean, zscore,
+    ))  # fmt: skip

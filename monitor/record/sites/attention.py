@@ -1,4 +1,9 @@
-"""Attention: every training call of torch's fused attention, also inside `torch.nn.MultiheadAttention`."""
+"""Attention: every training call of torch's fused attention, also inside `torch.nn.MultiheadAttention`, and by hand.
+
+Attention written by hand is a softmax over products of queries and keys whose result is multiplied again. The first
+half is read from the autograd graph when the softmax is called (`monitor.record.scores`), the second is waited for:
+products are watched only between such a softmax and the product that uses it.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +19,51 @@ from torch.nn import functional as F
 from monitor.record.mode import Watcher
 from monitor.record.passes import attention
 from monitor.record.private import saved, saved_tensor_hooks_active
+from monitor.record.scores import comes_from, find_scores
 from monitor.record.site import Site
 
 #: Steps between two looks at the saved log-sum-exp, and at what needs rows of logits.
 BOUND_EVERY, EVERY = 5, 10
+#: Steps between two looks at all rows, which cost one more forward of the fused kernel.
+ALL_EVERY = 100
 #: About as many rows of a call are sampled, evenly spaced from a random start.
 ROWS = 16
+#: Most calls of one module in one forward that are recorded: a decoder that attends in a loop makes very many.
+CALLS = 16
 _HOPS, _NODES = 12, 256
+
+
+#: What was read of a call: the bound alone, everything, all but the bound, nor anything of the norms.
+_BOUND, _ALL, _ROWS = (slice(0, 1),), (slice(0, None),), (slice(1, None),)
+_LOGITS = (
+    slice(1, attention.STATS.index("qk_bound")),
+    slice(attention.STATS.index("k_norm") + 1, None),
+)
+#: The ways to call softmax, and to multiply what it gives.
+_SOFTMAX = (torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax)
+_PRODUCTS = frozenset((
+    torch.matmul, torch.bmm, torch.einsum, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__,
+))  # fmt: skip
 
 
 @dataclass
 class _Call:
-    """One call of attention: what was read, and whether the bound alone, all, or all but the bound."""
+    """One call of attention and what was read of it."""
 
     module: str
     heads: int
-    at: slice
+    at: tuple[slice, ...]
+    values: Any
+
+
+@dataclass
+class _Written:
+    """A softmax that may be one of attention: it is if its result is multiplied."""
+
+    query: Any
+    key: Any
+    heads: int
+    at: tuple[slice, ...]
     values: Any
 
 
@@ -37,8 +71,9 @@ class AttentionSite(Site):
     """Statistics per head of every attention whose result can be trained on, addressed ``module[head]``.
 
     The bound of the largest logit comes every fifth step from the log-sum-exp that the fused kernel has saved for
-    backward; everything else every `EVERY` steps from rows. Where no log-sum-exp can be read (dropout on a CPU, a
-    saved-tensor hook such as that of activation checkpointing), rows are all there is.
+    backward; everything else every `EVERY` steps from rows, and every `ALL_EVERY` steps the entropy from all of them.
+    Where no log-sum-exp can be read (dropout on a CPU, a saved-tensor hook such as that of activation checkpointing),
+    rows are all there is. Of attention written by hand the largest logit is that of all rows.
     """
 
     name = "attention"
@@ -51,12 +86,21 @@ class AttentionSite(Site):
         self._calls: dict[str, int] = {}
         self._places: dict[str, str] = {}
         self._addresses: dict[tuple[str, int], tuple[str, ...]] = {}
+        self._written: dict[Any, _Written] = {}
+        self._mine: frozenset[Any] = frozenset()
+        self._watching = True
+        self._left_out = ""
         self._seen = False
         self._why = ""
 
     def after(self) -> dict[Any, Watcher]:
-        """Watch the fused attention, and the function that hides it inside `torch.nn.MultiheadAttention`."""
-        return {F.scaled_dot_product_attention: self._fused, F.multi_head_attention_forward: self._multi_head}
+        """Watch the fused attention, the function that hides it in `torch.nn.MultiheadAttention`, and its parts."""
+        return {
+            F.scaled_dot_product_attention: self._fused,
+            F.multi_head_attention_forward: self._multi_head,
+            **dict.fromkeys(_SOFTMAX, self._softmax),
+            **dict.fromkeys(_PRODUCTS, self._product),
+        }
 
     # ---- what is seen
 
@@ -101,6 +145,53 @@ class AttentionSite(Site):
         mask = _multi_head_mask(args, kwargs, q, k) if self.due(EVERY) else None
         self._read(name, q, k, None, False, mask, 1.0)
 
+    def _softmax(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if not self.due(EVERY) or not self.rec.training or not isinstance(result, Tensor):
+            return
+        s, dim = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "dim")
+        if type(s) is not Tensor or result.grad_fn is None or s.dim() not in (3, 4) or dim not in (-1, s.dim() - 1):
+            return
+        if s.numel() == 0 or s.shape[-1] < 2 or not s.is_floating_point():
+            return
+        found = find_scores(s.grad_fn)
+        if found is None:
+            return
+        s = s.detach()
+        s = s if s.dim() == 4 else s.unsqueeze(1)
+        batch, heads, queries, _ = s.shape
+        norms = found.norms
+        if norms is not None:
+            q, k, scale = norms
+            together = q.dim() == 3 and len(q) == batch * heads
+            norms = (q.unflatten(0, (batch, heads)), k.unflatten(0, (batch, heads)), scale) if together else None
+        values = attention.score_rows(s, self._sample(batch * queries), norms=norms)
+        at = _ROWS if norms is not None else _LOGITS
+        self._written[result.grad_fn] = _Written(found.query, found.key, heads, at, values)
+        self._watch_products(True)
+
+    def _product(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, list | tuple) else (a,))]
+        nodes = [x.grad_fn for x in given if isinstance(x, Tensor)]
+        for i, node in enumerate(nodes):
+            softmax = comes_from(node, self._written.keys())
+            if softmax is not None:
+                call = self._written.pop(softmax)
+                module = self._numbered(self._place([call.query, call.key, *nodes[:i], *nodes[i + 1 :]]))
+                if module is not None:
+                    self._pending.append(_Call(module, call.heads, call.at, call.values))
+        if not self._written:
+            self._watch_products(False)
+
+    def _watch_products(self, on: bool) -> None:
+        """A watched call costs a few microseconds, and there are models of thousands of products."""
+        if on == self._watching:
+            return
+        mode, self._watching = self.rec.mode, on
+        if not self._mine:
+            others = {f for site in self.rec.sites if site is not self for f in (*site.before(), *site.after())}
+            self._mine = _PRODUCTS - others
+        mode.watched = mode.watched | self._mine if on else mode.watched - self._mine
+
     def _trained(self, result: Any) -> bool:
         if not isinstance(result, Tensor) or not self.rec.training:
             return False
@@ -123,6 +214,8 @@ class AttentionSite(Site):
             return
         batch, heads, queries = (q.shape[0], 1, q.shape[1]) if q.dim() == 3 else q.shape[:3]
         module = self._numbered(name)
+        if module is None:
+            return
         if lse is not None:
             # some kernels pad the rows; (batch, query, d) is one head
             lse = (lse.unsqueeze(1) if lse.dim() == 2 else lse)[..., :queries]
@@ -132,15 +225,18 @@ class AttentionSite(Site):
             if q.dim() == 3:
                 q, k = q.unsqueeze(1), k.unsqueeze(1)
                 mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
-            count = batch * queries
-            stride = max(1, count // ROWS) | 1  # odd: over a length that is a power of two every position is met
-            at = range(self.rec.random.randrange(min(stride, count)), count, stride)
             k = k.expand(batch, -1, -1, -1)
-            values = attention.attention_rows(q, k, at, scale=scale, causal=causal, mask=mask, lse=lse)
-            here = slice(0, None) if lse is not None else slice(1, None)
-            self._pending.append(_Call(module, heads, here, values))
+            at = self._sample(batch * queries)
+            values: Any = attention.attention_rows(q, k, at, scale=scale, causal=causal, mask=mask, lse=lse)
+            if lse is not None and self.rec.step % ALL_EVERY == 0 and _exact(q, k, mask):
+                values[:, attention.OF_ROWS] = attention.all_rows(q, k, lse, scale=scale, causal=causal, mask=mask)
+            self._pending.append(_Call(module, heads, _ALL if lse is not None else _ROWS, values))
         elif lse is not None:
             self._pending.append(_Call(module, heads, _BOUND, attention.lse_max(lse)[:, None]))
+
+    def _sample(self, rows: int) -> range:
+        stride = max(1, rows // ROWS) | 1  # odd: over a length that is a power of two every position is met
+        return range(self.rec.random.randrange(min(stride, rows)), rows, stride)
 
     # ---- where it is
 
@@ -148,14 +244,16 @@ class AttentionSite(Site):
         name = self.rec.parameter(p)
         return "" if name.startswith("parameter[") else name
 
-    def _numbered(self, name: str | None) -> str:
-        """The module's name; a module that calls several times in a forward gets numbers from its second call on."""
-        if name is None:
-            number = self._calls[""] = self._calls.get("", 0) + 1
-            return f"attention:{number}"
-        name = name or "attention"
-        number = self._calls[name] = self._calls.get(name, 0) + 1
-        return name if number == 1 else f"{name}:{number}"
+    def _numbered(self, name: str | None) -> str | None:
+        """The module's name; a module that calls several times in a forward gets numbers from its second call on.
+
+        None for the calls beyond `CALLS`.
+        """
+        number = self._calls[name or ""] = self._calls.get(name or "", 0) + 1
+        if number > CALLS:
+            self._left_out = name or "attention"
+            return None
+        return f"{name or 'attention'}:{number}" if number > 1 or name is None else name or "attention"
 
     def _place(self, nodes: Sequence[Any]) -> str | None:
         """The module that calls, from the parameters that query, key and value were made with; None if there are none.
@@ -175,10 +273,14 @@ class AttentionSite(Site):
         return place
 
     def _nearest(self, node: Any) -> str:
-        """Name of the parameter nearest to ``node`` in its graph; empty if none is near."""
+        """Name of the parameter nearest to ``node`` in its graph, gains of a norm left out; empty if none is near."""
         for n in _below((node,), _NODES):
             variable = getattr(n, "variable", None)
-            if variable is not None and (name := self._known(variable)):
+            if variable is None:
+                continue
+            name = self._known(variable)
+            # queries and keys may share a norm, which is not where attention is
+            if name and (variable.dim() > 1 or name.rpartition(".")[2] == "bias"):
                 return name
         return ""
 
@@ -199,22 +301,27 @@ class AttentionSite(Site):
                 join = attention.merge if call.at != _BOUND else _larger
                 call.values = join(before.values, call.values)
             self._held[call.module] = call
-        self._pending.clear()
-        self._calls.clear()
+        self._forget()
 
     def on_row(self) -> None:
         """Write what was trained on; forget the rest."""
-        for at in (_BOUND, slice(0, None), slice(1, None)):
-            calls = [c for c in self._held.values() if c.at == at]
+        for kind in (_BOUND, _ALL, _ROWS, _LOGITS):
+            calls = [c for c in self._held.values() if c.at == kind]
             if calls:
                 self._seen = True
                 modules = [a for c in calls for a in self._address(c)]
-                values = [c.values[:, at] if c.at != _BOUND else c.values for c in calls]
-                join: Any = torch.cat if isinstance(values[0], Tensor) else attention.np.concatenate
-                self.rec.emit_many("attention", attention.STATS, modules, join(values), at)
+                join: Any = torch.cat if isinstance(calls[0].values, Tensor) else attention.np.concatenate
+                values = join([c.values for c in calls])
+                for at in kind:
+                    self.rec.emit_many("attention", attention.STATS, modules, values[:, at], at)
         self._held.clear()
+        self._forget()
+
+    def _forget(self) -> None:
         self._pending.clear()
         self._calls.clear()
+        self._written.clear()
+        self._watch_products(False)
 
     def _address(self, call: _Call) -> tuple[str, ...]:
         key = (call.module, call.heads)
@@ -224,14 +331,22 @@ class AttentionSite(Site):
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """Attention, if a call of it was seen that could not be read; a model without any lacks nothing."""
-        return (("attn_logit_max", f"attention was seen, but {self._why}"),) if self._why and not self._seen else ()
-
-
-_BOUND = slice(0, 1)
+        if self._why and not self._seen:
+            return (("attn_logit_max", f"attention was seen, but {self._why}"),)
+        if self._left_out:
+            return (("attn_logit_max", f"of the calls of {self._left_out} in one forward only {CALLS} are recorded"),)
+        return ()
 
 
 def _larger(a: Any, b: Any) -> Any:
     return torch.maximum(a, b) if isinstance(a, Tensor) else attention.np.maximum(a, b)
+
+
+def _exact(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """True if the entropy of all rows can be had: in 16 bits its parts are too coarse, and an added mask enters it."""
+    return (
+        q.dtype == k.dtype and q.dtype in (torch.float32, torch.float64) and (mask is None or mask.dtype == torch.bool)
+    )
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], at: int, name: str) -> Any:

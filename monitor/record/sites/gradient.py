@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from monitor.record.passes.gradient import STATS, WARMUP, Scratch, gradient_stats, spike_stats
+from monitor.record.passes.gradient import STATS, WARMUP, GradientReader, History
 from monitor.record.site import Site
 
-_NORMS, _SPIKES = slice(0, 3), slice(3, 5)
-#: Tensors of more elements are searched for spiked ones in turn, each at every fourth step: it needs the second moment
-#: too, half again of what the norms read. A spiked batch shows in every tensor at once.
-_SMALL, _TURNS = 1 << 14, 4
+#: Steps between two at which the extremes of all tensors are taken, so that the largest of all is known.
+EVERY = 10
+
+
+@dataclass
+class _Part:
+    """Gradients that are read together: of one device and dtype, in groups with one decay of the second moment.
+
+    Attributes:
+        at: their places in the optimizer's list of parameters.
+        beta2: decay of the second moment; None if the gradients are not compared with it.
+        plain: True if they are strided tensors, whose sizes stay.
+        seconds: ids of the second moments when they were last found fit or unfit to compare with.
+        fit: which of them are fit.
+    """
+
+    names: tuple[str, ...]
+    params: list[Tensor]
+    at: list[int]
+    beta2: float | None
+    plain: bool
+    reader: GradientReader
+    seconds: list[int] = field(default_factory=list)
+    fit: list[bool] = field(default_factory=list)
+
+
+@dataclass
+class _Plan:
+    """How the gradients of an optimizer are read, and what that was decided on."""
+
+    params: list[Tensor]
+    kinds: list[object]
+    decays: list[float | None]
+    parts: list[_Part]
+
+    def holds(self, params: list[Tensor], kinds: list[object], decays: list[float | None]) -> bool:
+        """True if nothing has changed since."""
+        return (
+            len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and kinds == self.kinds
+            and decays == self.decays
+        )
 
 
 class GradientSite(Site):
@@ -25,7 +66,7 @@ class GradientSite(Site):
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        self._scratch = Scratch()
+        self._plans: dict[int, _Plan] = {}
         self._any = self._spikes = False
         self._complex = False
         self._why_no_spikes = "no optimizer keeps a second moment of the gradient (exp_avg_sq)"
@@ -33,67 +74,92 @@ class GradientSite(Site):
     def on_step(self, optimizer: Optimizer) -> None:
         """Record the gradients of this optimizer's parameters."""
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler for optimizers that unscale inside
-        for group in optimizer.param_groups:
-            names, params, grads = [], [], []
-            for p in group["params"]:
-                g = p.grad
-                if g is None:
-                    continue
-                g = _dense(g)
-                self._complex = self._complex or g.is_complex()
-                if not g.is_floating_point() or g.numel() == 0:
-                    continue
-                names.append(self.rec.parameter(p))
-                params.append(p)
-                grads.append(g)
-            if not grads:
-                continue
-            self._any = True
-            values = gradient_stats(grads)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        # what must stay for a gradient to be read as before: dtype and size of a plain tensor, else its type
+        kinds: list[object] = [
+            (g.dtype, g.numel()) if type(g) is Tensor and g.layout is torch.strided else type(g) for g in grads
+        ]
+        decays = [None if scale is not None else _decay(group) for group in optimizer.param_groups]
+        plan = self._plans.get(id(optimizer))
+        if plan is None or not plan.holds(params, kinds, decays):
+            plan = self._plans[id(optimizer)] = self._plan(optimizer, params, grads, kinds, decays)
+        for part in plan.parts:
+            given = [g for i in part.at if (g := grads[i]) is not None]
+            if not part.plain:
+                given = [_dense(g) for g in given]
+                part.reader, part.seconds = GradientReader(given), []
+            history = self._history(optimizer, part, given)
+            turn, extremes = self.rec.step % GradientReader.TURNS, self.due(EVERY) or scale is not None
+            values = part.reader.read(given, turn, history, extremes)
             if isinstance(scale, Tensor):
-                divisor = torch.stack((scale, scale, torch.ones_like(scale)))
-                values = values / (divisor.numpy() if self.rec.on_cpu else divisor)
-            self.rec.emit_many("gradient", STATS, names, values, _NORMS)
-            self._spiked(optimizer, group, names, params, grads, scale)
+                if isinstance(values, Tensor):
+                    values = torch.cat((values[:, :2] / scale, values[:, 2:]), dim=1)
+                else:
+                    values[:, :2] /= scale.item()
+            self.rec.emit_many("gradient", STATS, part.names, values)
 
-    def _spiked(
-        self, optimizer: Optimizer, group: dict[str, Any], names: list[str], params: list[Tensor], grads: list[Tensor],
-        scale: object,
-    ) -> None:  # fmt: skip
-        betas = group.get("betas")
-        if not (isinstance(betas, tuple | list) and len(betas) == 2) or group.get("amsgrad") or scale is not None:
-            return
-        beta2 = float(betas[1])
-        n = self._updates(optimizer, params[0])
-        if n is None or n < 2 or not 0 < beta2 < 1:
-            return
-        some_names, some_grads, seconds = [], [], []
-        for name, p, g in zip(names, params, grads, strict=True):
-            v = optimizer.state.get(p, {}).get("exp_avg_sq")  # no [p]: it would add an empty state
-            if not isinstance(v, Tensor):
+    def _plan(
+        self, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor | None], kinds: list[object],
+        decays: list[float | None],
+    ) -> _Plan:  # fmt: skip
+        together: dict[tuple[object, ...], list[int]] = {}
+        group_of = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+        updates: dict[int, float | None] = {}  # a group that joined later counts its own
+        for i, (p, g, group) in enumerate(zip(params, grads, group_of, strict=True)):
+            if g is None:
                 continue
-            v = _dense(v)
-            if v.dtype not in _WIDE:
-                self._why_no_spikes = "the optimizer keeps its second moment in 16 bits"
-            elif v.shape != g.shape or v.dtype != g.dtype:  # a sparse gradient has some of the rows only
-                self._why_no_spikes = "the optimizer's second moment has another shape or dtype than the gradient"
-            else:
-                some_names.append(name)
-                some_grads.append(g)
-                seconds.append(v)
-        if not some_names:
-            return
-        self._spikes = True
-        if n > WARMUP:
-            turn = [i for i, g in enumerate(some_grads) if g.numel() <= _SMALL or (i + self.rec.step) % _TURNS == 0]
-            if turn:
-                some_grads, seconds = [some_grads[i] for i in turn], [seconds[i] for i in turn]
-                values = spike_stats(some_grads, seconds, beta2, n, self._scratch)
-                self.rec.emit_many("gradient", STATS, [some_names[i] for i in turn], values, _SPIKES)
+            g = _dense(g)
+            self._complex = self._complex or g.is_complex()
+            if g.is_floating_point() and g.numel() > 0:
+                if group not in updates:
+                    updates[group] = self._updates(optimizer, p)
+                plain = isinstance(kinds[i], tuple)
+                together.setdefault((g.device, g.dtype, plain, decays[group], updates[group]), []).append(i)
+        parts = []
+        for (_, _, plain, beta2, _), at in together.items():
+            given = [_dense(g) for i in at if (g := grads[i]) is not None]
+            names = tuple(self.rec.parameter(params[i]) for i in at)
+            decay = beta2 if isinstance(beta2, float) else None
+            parts.append(_Part(names, [params[i] for i in at], at, decay, bool(plain), GradientReader(given)))
+        self._any = self._any or bool(parts)
+        return _Plan(params, kinds, decays, parts)
+
+    def _history(self, optimizer: Optimizer, part: _Part, grads: list[Tensor]) -> History | None:
+        """What the gradients of ``part`` are compared with, if there is anything and it is worth it."""
+        if part.beta2 is None:
+            return None
+        n = self._updates(optimizer, part.params[0])
+        if n is None or n < 2:
+            return None
+        state = optimizer.state
+        found = [state.get(p, _NOTHING).get("exp_avg_sq") for p in part.params]  # no [p]: it would add an empty state
+        ids = list(map(id, found))
+        if ids != part.seconds:
+            part.seconds, part.fit = ids, [self._fits(g, v) for g, v in zip(grads, found, strict=True)]
+            part.reader = GradientReader(grads, part.fit)
+        self._spikes = self._spikes or any(part.fit)
+        if n <= WARMUP or not any(part.fit):
+            return None
+        if not (part.plain and all(part.fit)):
+            found = [_dense(v) if fit else None for v, fit in zip(found, part.fit, strict=True)]
+        return History(found, part.beta2, n)
+
+    def _fits(self, g: Tensor, v: object) -> bool:
+        if not isinstance(v, Tensor):
+            return False
+        v = _dense(v)
+        if v.dtype not in _WIDE:
+            self._why_no_spikes = "the optimizer keeps its second moment in 16 bits"
+        elif v.shape != g.shape or v.dtype != g.dtype:  # a sparse gradient has some of the rows only
+            self._why_no_spikes = "the optimizer's second moment has another shape or dtype than the gradient"
+        else:
+            return True
+        return False
 
     def _updates(self, optimizer: Optimizer, p: Tensor) -> float | None:
         """Updates in the second moment, from the optimizer's own counter where reading it costs no sync."""
-        step = optimizer.state[p].get("step") if p in optimizer.state else None
+        step = optimizer.state.get(p, _NOTHING).get("step")
         if isinstance(step, Tensor):
             return float(step) if step.device.type == "cpu" else float(self.rec.updates(optimizer))
         return float(step) if isinstance(step, int | float) else None
@@ -111,6 +177,15 @@ class GradientSite(Site):
 
 
 _WIDE = (torch.float32, torch.float64)
+_NOTHING: dict[str, Any] = {}
+
+
+def _decay(group: dict[str, Any]) -> float | None:
+    """Decay of the second moment in a group that keeps one; None if there is none to compare with."""
+    betas = group.get("betas")
+    if not (isinstance(betas, tuple | list) and len(betas) == 2) or group.get("amsgrad"):
+        return None
+    return float(betas[1]) if 0 < float(betas[1]) < 1 else None
 
 
 def _dense(t: Tensor) -> Tensor:

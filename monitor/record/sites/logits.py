@@ -125,7 +125,7 @@ class LogitsSite(Site):
         return (("logit_norm", why), ("loss_zero_frac", why))
 
 
-_NEEDS_CLASSES = tuple(logit_rows.STATS.index(s) for s in ("sum_true_margin", "collapsed"))
+_NEEDS_CLASSES = tuple(logit_rows.STATS.index(s) for s in ("sum_true_margin", "collapsed", "sum_rate", "sum_zscore"))
 _NEEDS_LOGITS = tuple(
     logit_rows.STATS.index(s)
     for s in ("sum_norm", "max_norm", "sumsq", "sum_z", "max_z", "min_z", "sum_lse", "sumsq_lse")

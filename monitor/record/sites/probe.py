@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from monitor.curvature.environment import RandomState
+from monitor.probes.pathways import Pathways
 from monitor.record.mode import Watcher
 from monitor.record.probe import Moment, Probe
 from monitor.record.site import START, Site
@@ -21,7 +22,7 @@ from monitor.record.tape import Tape
 #: Memory that the first batch of a run may take to be kept as the probe set.
 KEEP = 64 << 20
 #: Probes that run though nobody asked for them.
-DEFAULT: tuple[type[Probe], ...] = ()
+DEFAULT: tuple[type[Probe], ...] = (Pathways,)
 
 
 @dataclass
@@ -40,8 +41,7 @@ class _Scheduled:
             return False
         if self.probe.every is not None:
             return step % self.probe.every == 0
-        guess = self.last if self.last is not None else self.probe.cost * elapsed / max(1, steps)
-        return steps >= START and self.spent + guess <= self.probe.share * elapsed
+        return steps >= START and self.probe.affordable(elapsed, elapsed / max(1, steps), self.spent, self.last)
 
 
 class ProbeSite(Site):
@@ -52,7 +52,8 @@ class ProbeSite(Site):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self._all = [_Scheduled(p) for p in recorder.probes]
-        self._all += [_Scheduled(kind()) for kind in DEFAULT]
+        given = {type(p) for p in recorder.probes}
+        self._all += [_Scheduled(kind()) for kind in DEFAULT if kind not in given]
         self._keeps = any(s.probe.keeps_first for s in self._all)
         self._began: float | None = None
         self._steps = 0
@@ -145,6 +146,8 @@ class ProbeSite(Site):
                 s.why_not = self._why_no_tape or f"the first batch takes more than {KEEP >> 20} MiB"
             else:
                 self._measure(s, optimizer, tapes if p.taped else [])
+        if all(s.why_not is not None for s in self._all if s.probe.keeps_first):
+            self._first = None  # nobody is left to need it
 
     def on_row(self) -> None:
         """Nothing of a step is kept beyond it, also of a forward that no backward followed."""

@@ -1,12 +1,17 @@
-"""The routers of mixtures of experts, found where they choose: in the call of top-k, without a change to the model.
+"""The routers of mixtures of experts, found where they choose: in the call of top-k or of a maximum.
 
 A choice is a router's if the scores it is made from come, through a softmax or a sigmoid (or anything, in a module with
 a name like a router's), from one matrix multiplication by a parameter that has as many rows as there are scores. The
 autograd graph says so, and names the parameter. Every router of transformers and most written by hand are like that.
+Many a classifier takes a maximum of its scores: there the name must be like a router's, or experts must stand near by.
+
+A model that limits the capacity of its experts numbers the assignments of each by a cumulative sum of ones and compares
+the numbers with the limit; both calls are watched too.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +21,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monitor.record.experts import Router
 from monitor.record.mode import Watcher
-from monitor.record.passes.router import LOAD_STATS, STATS, Vector, balance, joined, router_sums
+from monitor.record.passes.experts import ALIKE_STATS, NORM_STATS, alike, norms, sample
+from monitor.record.passes.router import (
+    LOAD_STATS,
+    STATS,
+    Vector,
+    add_choice,
+    balance,
+    joined,
+    limits,
+    router_sums,
+    z_of,
+)
 from monitor.record.private import saved
-from monitor.record.site import Site
+from monitor.record.site import START, Site
 
 #: Steps between two looks.
 EVERY = 5
+#: Steps between two looks at the parameters of the experts.
+EXPERTS_EVERY = 100
 #: Scores read for probabilities: all up to this many, else those of evenly spaced tokens. Loads count every token.
 SCORES = 1 << 15
 #: Most experts of one router, and loads recorded altogether: beyond, only the router as a whole is.
@@ -34,8 +53,14 @@ _GATES = {"SoftmaxBackward0", "SigmoidBackward0"}
 _PLAIN = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0", "AliasBackward0"}
 #: Scores that meet others on their way come from several routers, or from none.
 _NEVER = {"CatBackward0", "StackBackward0", "BmmBackward0", "GatherBackward0", "EmbeddingBackward0"}
-_NEEDS_LOGITS = tuple(STATS.index(s) for s in ("sumsq_lse", "max_z"))
-_NEEDS_ROWS = (*(STATS.index(s) for s in ("sum_entropy", "mean_entropy")), *_NEEDS_LOGITS)
+_NEEDS_LOGITS = tuple(STATS.index(s) for s in ("sumsq_lse", "max_z", "early_z"))
+_NEEDS_ROWS = (*(STATS.index(s) for s in ("sum_entropy", "mean_entropy", "sum_margin")), *_NEEDS_LOGITS)
+_EARLY = STATS.index("early_z")
+#: The z-loss is compared with that at this part of the steps so far; those in between are remembered ``_APART`` apart.
+PART, _APART = 0.05, 1.1
+_NUMBERS = (Tensor.cumsum, torch.cumsum)
+_COMPARISONS = (Tensor.lt, Tensor.le, torch.lt, torch.le)
+_MAXIMA = (Tensor.argmax, torch.argmax, Tensor.max, torch.max)
 
 
 @dataclass
@@ -59,6 +84,22 @@ class _Seen:
     epoch: int = -1
 
 
+@dataclass
+class _Choice:
+    """One call of a router whose result has not been trained on yet."""
+
+    sums: Vector
+    absent: tuple[int, ...]
+    scores: int  # address of the scores, which stay alive until backward
+    chosen: Tensor  # (token, k)
+    experts: int
+    queues: list[Tensor]  # (token, expert): what cumulative sums were taken of since
+
+    def fits(self, x: Any) -> bool:
+        """True if ``x`` has an entry for every token and expert."""
+        return type(x) is Tensor and x.shape[-1:] == (self.experts,) and x.numel() == len(self.chosen) * self.experts
+
+
 class RouterSite(Site):
     """Loads, entropies and scores of every router, every `EVERY` steps."""
 
@@ -66,24 +107,45 @@ class RouterSite(Site):
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        self._pending: dict[tuple[str, int], _Seen] = {}
+        #: Every router found so far, by name.
+        self.routers: dict[str, Router] = {}
+        self._others: set[str] = set()  # what takes a maximum and is no router
+        self._pending: dict[tuple[str, int], _Choice] = {}
         self._row: dict[str, _Seen] = {}
         self._sizes: dict[str, int] = {}
+        self._samples: dict[str, list[Tensor]] = {}
+        self._past: dict[str, list[tuple[int, Any]]] = {}
 
     def after(self) -> dict[Any, Watcher]:
-        """Watch both ways to call top-k."""
-        return {torch.topk: self._topk, torch.Tensor.topk: self._topk}
+        """Watch every way to call top-k, a maximum, and what a limit of capacity is made of."""
+        ways = {torch.topk: self._topk, torch.Tensor.topk: self._topk}
+        ways |= dict.fromkeys(_MAXIMA, self._maximum) | dict.fromkeys(_NUMBERS, self._numbered)
+        return ways | dict.fromkeys(_COMPARISONS, self._limited)
+
+    def _looking(self) -> bool:
+        return self.rec.training and self.rec.inside_forward and self.due(EVERY)
 
     def _topk(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if not self.rec.training or not self.rec.inside_forward or not self.due(EVERY):
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        if self._looking() and result[1].numel():
+            self._choose(args[0] if args else kwargs.get("input"), dim, result[1])
+
+    def _maximum(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if not self._looking() or not isinstance(dim, int):
             return
+        chosen = result if isinstance(result, Tensor) else result[1]
         scores = args[0] if args else kwargs.get("input")
-        chosen = result[1]
+        if not (kwargs.get("keepdim") or (len(args) > 2 and args[2])):
+            chosen = chosen.unsqueeze(-1)
+        if chosen.numel():
+            self._choose(scores, dim, chosen, largest=True)
+
+    def _choose(self, scores: Any, dim: int, chosen: Any, largest: bool = False) -> None:
         if type(scores) is not Tensor or type(chosen) is not Tensor or scores.grad_fn is None:
             return
         experts = scores.shape[-1]
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        if dim not in (-1, scores.dim() - 1) or scores.dim() < 2 or chosen.numel() == 0:
+        if dim not in (-1, scores.dim() - 1) or scores.dim() < 2:
             return
         if not 2 <= experts <= EXPERTS or chosen.shape[-1] >= experts:
             return
@@ -91,18 +153,53 @@ class RouterSite(Site):
         if source is None:
             return
         name = self.rec.parameter(source.weight).rpartition(".")[0]
-        if source.gate is None and not _NAME.search(name):
+        chosen = chosen.detach().reshape(-1, chosen.shape[-1])
+        if not self._is_router(name, source, chosen.shape[1], largest):
             return
-        tokens = chosen.numel() // chosen.shape[-1]
-        some = self._sample(tokens, experts)
+        key, address = (name, source.product._sequence_nr()), scores.data_ptr()
+        before = self._pending.get(key) if largest else None
+        if before is not None and before.scores == address:
+            return  # the same maximum, once for its place and once for its value
+        if before is not None:
+            # one maximum after another of the same scores: the second expert of each token
+            before.chosen = torch.cat((before.chosen, chosen), 1)
+            add_choice(before.sums, router_sums(chosen, experts, None), before.chosen.numel())
+            self.routers[name].k = before.chosen.shape[1]
+            return
+        some = self._sample(len(chosen), experts)
         z = _logits(source, scores, some)
         absent = () if z is not None else _NEEDS_LOGITS
         if z is None:
             z = _log_probabilities(source, scores, some)
             absent = absent if z is not None else _NEEDS_ROWS
-        sums = router_sums(chosen.detach().reshape(tokens, -1), experts, z)
         # a second choice from the same scores (among groups, then among experts) stands for the first
-        self._pending[name, source.product._sequence_nr()] = _Seen(sums, absent)
+        self._pending[key] = _Choice(router_sums(chosen, experts, z), absent, address, chosen, experts, [])
+
+    def _is_router(self, name: str, source: _Source, k: int, largest: bool) -> bool:
+        if name in self.routers or (largest and name in self._others):
+            return name in self.routers
+        router = Router.of(name, source.weight, source.transposed, k)
+        known = bool(_NAME.search(name)) or (source.gate is not None and not largest)
+        if known or (source.gate is not None and router.parts(self.rec.roots)):
+            self.routers[name] = router
+        elif largest:
+            self._others.add(name)
+        return name in self.routers
+
+    def _numbered(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """A cumulative sum: of what a router chose, it numbers the assignments of each expert."""
+        if self._pending and self._looking() and args:
+            newest = self._pending[next(reversed(self._pending))]
+            if newest.fits(args[0]):
+                newest.queues.append(args[0].detach().reshape(-1, newest.experts))
+
+    def _limited(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """A comparison: of those numbers, it says which assignments are within the capacity."""
+        if self._pending and self._looking() and args:
+            newest = self._pending[next(reversed(self._pending))]
+            if newest.queues and newest.fits(args[0]) and newest.fits(result):
+                room = result.detach().reshape(-1, newest.experts)
+                limits(newest.sums, newest.chosen, newest.queues.pop(0), room)
 
     def _sample(self, tokens: int, experts: int) -> slice:
         stride = -(-tokens * experts // SCORES)
@@ -115,20 +212,29 @@ class RouterSite(Site):
         """Keep what was chosen since the last backward: it is being trained on."""
         if not self._pending:
             return
-        for (name, _), new in self._pending.items():
-            old = self._row.get(name)
+        for (name, _), choice in self._pending.items():
+            new, old = _Seen(choice.sums, choice.absent), self._row.get(name)
             if old is not None and old.epoch == self.rec.epoch and len(old.sums) == len(new.sums):
                 new = _Seen(joined(old.sums, new.sums), tuple({*old.absent, *new.absent}))
             new.epoch = self.rec.epoch
             self._row[name] = new
         names = list(dict.fromkeys(name for name, _ in self._pending))
         self._pending.clear()
-        reduced = [balance(self._row[name].sums) for name in names]
+        early = [self._early(name) for name in names]
+        reduced = [balance(self._row[n].sums, math.nan if z is None else z) for n, z in zip(names, early, strict=True)]
         self.rec.emit_many("router", STATS, names, _stack([r for r, _ in reduced]))
-        for name, (values, _) in zip(names, reduced, strict=True):
-            if self._row[name].absent:
-                self.rec.emit("router", STATS, name, values, absent=self._row[name].absent)
+        for name, z, (values, _) in zip(names, early, reduced, strict=True):
+            absent = {*self._row[name].absent, *(() if z is not None else (_EARLY,))}
+            if absent:
+                self.rec.emit("router", STATS, name, values, absent=tuple(absent))
         self._loads(names, [load for _, load in reduced])
+
+    def _early(self, name: str) -> Any:
+        """The z-loss at `PART` of the steps so far, or a little earlier; None if it was not known then."""
+        past, wanted = self._past.get(name, []), PART * self.rec.step
+        while len(past) > 1 and past[1][0] <= wanted:
+            past.pop(0)
+        return past[0][1] if past and past[0][0] <= wanted else None
 
     def _loads(self, names: list[str], loads: list[Vector]) -> None:
         places, values = [], []
@@ -144,9 +250,30 @@ class RouterSite(Site):
             joint: Any = torch.cat(values) if isinstance(values[0], Tensor) else np.concatenate(values)
             self.rec.emit_many("router_load", LOAD_STATS, places, joint)
 
+    def _experts(self) -> None:
+        """Norms of the experts, and how alike they are."""
+        for name, router in self.routers.items():
+            parts = router.parts(self.rec.roots)
+            if not parts:
+                continue
+            found = norms(parts)
+            if self._sizes.get(name) == len(found):
+                self.rec.emit_many("expert", NORM_STATS, [f"{name}[{e}]" for e in range(len(found))], found)
+            at = self._samples.get(name)
+            if at is None:
+                at = self._samples[name] = sample(parts)
+            if any(len(i) for i in at):
+                self.rec.emit("experts", ALIKE_STATS, name, alike(parts, at))
+
     def on_row(self) -> None:
         """Forget choices whose result was never trained on, and begin the next step."""
+        if self.rec.step % EXPERTS_EVERY == 0:
+            self._experts()
         self._pending.clear()
+        for name, seen in self._row.items() if self.rec.step >= START else ():
+            past = self._past.setdefault(name, [])
+            if _EARLY not in seen.absent and (not past or self.rec.step >= _APART * past[-1][0]):
+                past.append((self.rec.step, z_of(seen.sums)))
         self._row.clear()
 
     def missing(self) -> Sequence[tuple[str, str]]:

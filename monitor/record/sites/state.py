@@ -27,6 +27,11 @@ class StateSite(Site):
         self._last = time.perf_counter()
         self._spent = 0.0
 
+    @property
+    def clip(self) -> Tensor | None:
+        """The factor, ``()``, by which this attempt's gradients were shortened so far; None if they were not."""
+        return self._clip if self._clip_epoch == self.rec.epoch else None
+
     def before(self) -> dict[Any, Watcher]:
         """Watch the multiplication by which gradients are clipped and GradScaler's unscaling."""
         return {

@@ -1,0 +1,153 @@
+"""Curvature: sharpness against what the optimizer is stable for, the spectrum over time, the trace, the blocks."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pyarrow as pa
+import streamlit as st
+
+from monitor.errors import MonitorError
+from monitor_dashboard import data, figures, markup, theme
+from monitor_dashboard.data import View
+from monitor_dashboard.figures import Panel, Spectra
+from monitor_dashboard.keys import Key
+from monitor_dashboard.page import Page
+from monitor_dashboard.sampling import Line
+
+#: Strips from the top: title, caption, and the columns in each with their names.
+STRIPS = (
+    ("sharpness", "Largest Hessian eigenvalue of the batch", (("sharpness.value", "sharpness"),)),
+    ("preconditioned", "Sharpness as the adaptive optimizer meets it",
+     (("preconditioned_sharpness.value", "sharpness"), ("preconditioned_sharpness.threshold", "threshold"))),
+    ("edge_of_stability", "Step size against curvature: 1 is the edge", (("edge_of_stability.ratio", "ratio"),)),
+    ("learning rate", "Used, and the largest stable for the batch",
+     (("edge_of_stability.stable_lr", "stable"), ("learning_rate.lr", "used"))),
+    ("batch_sharpness", "Curvature along the batch's own gradient", (("batch_sharpness.value", "value"),)),
+    ("hessian_eigenvalue", "Largest eigenvalues", (("hessian_eigenvalue.value", ""),)),
+)  # fmt: skip
+#: The threshold of SGD stands beside the sharpness; that of an adaptive optimizer beside the preconditioned one.
+THRESHOLD = ("edge_of_stability.threshold", "threshold")
+#: Spectra drawn at once, evenly chosen of those there are; lines in a strip.
+MOST, MAX_LINES = 80, 6
+NOTHING = 'Curvature was not recorded: monitor.attach(model, curvature="auto") measures it.'
+
+
+def page(view: View) -> None:
+    """Draw the curvature of one run."""
+    if not {"sharpness", "batch_sharpness"} & view.metrics.keys():
+        why = next((str(a["why"]) for a in view.run.info["absent"] if a["what"] == "curvature"), None)
+        st.html(markup.line(NOTHING if why is None else f"Curvature was not recorded: {why}"))
+        return
+    window = view.span
+    panels = [p for title, caption, columns in STRIPS if (p := _strip(view, window, title, caption, columns))]
+    if "hessian_trace" in view.metrics:
+        panels.append(_trace(view, window))
+    st.html(markup.line(_headline(view)))
+    st.plotly_chart(
+        figures.lines(panels, [], window, theme.palette()), key=Key.CURVATURE, theme=None, config=figures.CONFIG
+    )
+    found = _spectra(view)
+    if found is not None:
+        caption = "Nodes of the Hessian's density: a colour for the share of all eigenvalues"
+        st.plotly_chart(
+            figures.spectra(found, caption, "loss/weight²", window, theme.palette()), key=Key.SPECTRUM, theme=None,
+            config=figures.CONFIG,
+        )  # fmt: skip
+    if "block_sharpness" in view.metrics:
+        metric = view.metrics["block_sharpness"]
+        grid = view.grid(data.main_column(metric), *window)
+        figure, _ = figures.heat_map(grid, metric.title, "", window, theme.palette(), log=True)
+        st.plotly_chart(figure, key=Key.BLOCKS, theme=None, config=figures.CONFIG)
+    if "opposing_signals" in view.metrics:
+        st.html(markup.line(_opposing(view)))
+
+
+def _last(view: View, ref: str) -> tuple[int, float] | None:
+    """Step and value of the last point of a column of the whole run."""
+    if not view.modules(ref):
+        return None
+    block = view.run.block(ref, [""])
+    rows = np.flatnonzero(block.has(ref)[:, 0])
+    return (int(block.steps[rows[-1]]), float(block[ref][rows[-1], 0])) if len(rows) else None
+
+
+def _headline(view: View) -> str:
+    """What was measured last, and on what."""
+    words = []
+    for ref, text in (
+        ("sharpness.value", "sharpness {:.4g}"),
+        ("edge_of_stability.ratio", "{:.3g} of the edge of stability"),
+        ("edge_of_stability.stable_lr", "stable up to a learning rate of {:.3g}"),
+        ("sharpness.examples", "measured on batches of {:,.0f}"),
+    ):
+        found = _last(view, ref)
+        if found is not None:
+            words.append(("" if words else f"step {found[0]:,}: ") + text.format(found[1]))
+    return " · ".join(words)
+
+
+def _strip(
+    view: View, window: tuple[int, int], title: str, caption: str, columns: tuple[tuple[str, str], ...]
+) -> Panel | None:
+    drawn: dict[str, Line] = {}
+    if not view.modules(columns[0][0]):
+        return None
+    if title == "sharpness" and "preconditioned_sharpness" not in view.metrics:
+        columns = (*columns, THRESHOLD)
+    log = title != "hessian_eigenvalue"
+    for ref, name in columns:
+        modules = view.modules(ref)
+        for module in modules:
+            label = name if len(modules) == 1 else module.removeprefix("eigenvalue") if not name else f"{name} {module}"
+            drawn[label] = view.line(ref, module, *window, log)
+    shown = dict(list(drawn.items())[:MAX_LINES])
+    unit = data.unit(view.metrics[columns[0][0].partition(".")[0]]) if columns[0][0].endswith("value") else ""
+    height = 150 if title == "sharpness" else max(100, 60 + 15 * len(shown))
+    return Panel(title, caption, unit, shown, log=log, height=height)
+
+
+def _trace(view: View, window: tuple[int, int]) -> Panel:
+    drawn = {c: view.line(f"hessian_trace.{c}", "", *window, False) for c in ("trace", "stderr", "frobenius")}
+    return Panel(
+        "hessian_trace", "Sum of the eigenvalues, its error, root of the sum of their squares", "loss/weight²", drawn,
+        log=False, height=115,
+    )  # fmt: skip
+
+
+def _spectra(view: View) -> Spectra | None:
+    """The stored densities, those of a later attempt in place of an earlier one's of the same step."""
+    known = {step: attempt for name, attempt, step in view.run.tables() if name == "spectral_density"}
+    steps = sorted(known)
+    if len(steps) > MOST:
+        steps = [steps[i] for i in np.linspace(0, len(steps) - 1, MOST).astype(int)]
+    at, nodes, weights = [], [], []
+    for step in steps:
+        with contextlib.suppress(MonitorError, KeyError, pa.ArrowInvalid):  # a damaged or foreign one is left out
+            table = view.run.table("spectral_density", step, known[step])
+            x, w = (table.column(c).to_numpy().astype(np.float64) for c in ("node", "weight"))
+            good = np.isfinite(x) & np.isfinite(w)
+            at.append(np.full(int(good.sum()), float(step)))
+            nodes.append(x[good])
+            weights.append(w[good])
+    if not any(len(x) for x in nodes):
+        return None
+    return Spectra(np.concatenate(at), np.concatenate(nodes), np.concatenate(weights))
+
+
+def _opposing(view: View) -> str:
+    values = {
+        c: _last(view, f"opposing_signals.{c}") for c in ("rows", "up", "up_mean", "down", "down_mean", "typical")
+    }
+    if any(v is None for v in values.values()):
+        return ""
+    step = max(v[0] for v in values.values() if v)
+    rows, up, up_mean, down, down_mean, typical = (v[1] for v in values.values() if v)
+    return (
+        f"Along the sharpest direction at step {step:,}, half of the pull up comes from {up:.0f} of {rows:,.0f} rows "
+        f"({up_mean:.3g} each), half of the pull down from {down:.0f} ({down_mean:.3g} each); typical is {typical:.3g}."
+    )
+
+
+PAGE = Page("Curvature", 50, page)

@@ -1,0 +1,122 @@
+"""Routing: the loads of one router's experts, how it chooses, and the pathways of samples beside their control."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import streamlit as st
+
+from monitor.diagnosis.report import describe
+from monitor.metric import load_metrics
+from monitor_dashboard import data, figures, markup, theme
+from monitor_dashboard.data import View
+from monitor_dashboard.figures import Panel, Pin
+from monitor_dashboard.keys import Key
+from monitor_dashboard.page import Page
+
+LOAD = "router_load.load"
+#: Strips: title, metric, its columns, logarithmic.
+Strip = tuple[str, str, tuple[str, ...], bool]
+BALANCE: tuple[Strip, ...] = (
+    ("experts in use", "router_balance", ("effective",), False),
+    ("unevenness", "router_balance", ("cv", "max_violation"), False),
+    ("beyond capacity", "router_balance", ("dropped", "over_capacity"), False),
+    ("margin", "router_balance", ("margin", "mutual_information"), False),
+    ("expert similarity", "expert_similarity", ("mean", "largest"), False),
+)
+PATHWAYS: tuple[Strip, ...] = (
+    ("pathway smoothness", "pathway_consistency", ("mean_cosine", "consistency"), False),
+    ("pathway distance", "pathway_distance", ("distance", "half_distance", "chosen_distance"), False),
+    ("pathway churn", "pathway_churn", ("churn",), False),
+    ("routing dimension", "routing_dimension", ("dimension",), False),
+)
+CONTROL: tuple[Strip, ...] = (
+    ("control: z-loss", "router_balance", ("z",), True),
+    ("control: entropy", "router_balance", ("normalised", "mean_normalised"), False),
+)
+READING = (
+    "Pathways describe routing and show no generalisation by themselves: on labels that cannot be learned they move "
+    "the same way. What moves together with the control, the z-loss and the entropy of the routers, is due to the "
+    "terms on the routers."
+)
+_EXPERT = re.compile(r"(.*)\[(\d+)\]\Z")
+
+
+def page(view: View) -> None:
+    """Draw the routing of one run."""
+    routers = view.modules("router_balance.cv")
+    if not routers:
+        st.html(markup.line("No router of experts was seen in this run."))
+        return
+    window = view.span
+    named = [f.module for i in view.verdict.incidents for f in i.findings if f.module in routers]
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.html(markup.heading("Router"), width="content")
+        router = st.selectbox(
+            Key.ROUTER, routers, index=routers.index(named[0]) if named else 0, key=Key.ROUTER, bind="query-params",
+            label_visibility="collapsed", width=330, format_func=markup.name,
+        )  # fmt: skip
+        st.html(markup.line(_sizes(view, router)), width="content")
+    _loads(view, router, window)
+    _strips(view, router, BALANCE, window, "balance")
+    st.html(markup.heading("Pathways beside their control"))
+    pathways = _panels(view, router, PATHWAYS, window)
+    if not pathways:
+        st.html(markup.line("No pathways were measured: they are looked at now and then after the first ten steps."))
+        return
+    st.html(markup.line(READING))
+    _strips(view, router, (*PATHWAYS, *CONTROL), window, "pathways")
+
+
+def _sizes(view: View, router: str) -> str:
+    last = [view.line(f"router_balance.{c}", router, *view.span, False).last for c in ("experts", "top_k", "tokens")]
+    experts, k, tokens = last
+    return f"{experts:,.0f} experts, {k:,.0f} for each token, {tokens:,.0f} tokens a step"
+
+
+def _loads(view: View, router: str, window: tuple[int, int]) -> None:
+    """Experts × steps of the router's loads."""
+    found = {m: int(e[2]) for m in view.modules(LOAD) if (e := _EXPERT.match(m)) and e[1] == router}
+    if not found:
+        st.html(markup.line("The loads of its experts were not recorded: there are too many."))
+        return
+    experts = tuple(sorted(found, key=lambda m: found[m]))
+    grid = view.grid(LOAD, *window, experts)
+    if grid.hidden:
+        st.html(markup.line(f"{len(grid.modules)} of {len(experts):,} experts: those with the largest loads"))
+    figure, _ = figures.heat_map(grid, "Share of the assignments", "", window, theme.palette(), log=False)
+    st.plotly_chart(figure, key=Key.LOADS, theme=None, config=figures.CONFIG)
+
+
+def _panels(view: View, router: str, strips: Sequence[Strip], window: tuple[int, int]) -> list[Panel]:
+    """The strips that were recorded, of the router or of the whole run."""
+    metrics = load_metrics()
+    panels = []
+    for title, metric, columns, log in strips:
+        drawn = {}
+        for column in columns:
+            modules = view.modules(f"{metric}.{column}")
+            module = router if router in modules else ""
+            if module in modules:
+                drawn[column] = view.line(f"{metric}.{column}", module, *window, log)
+        if drawn:
+            unit = data.unit(metrics[metric]) if len(drawn) == 1 else ""
+            panels.append(Panel(title, metrics[metric].title, unit, drawn, log, 60 + 15 * len(drawn)))
+    return panels
+
+
+def _strips(view: View, router: str, strips: Sequence[Strip], window: tuple[int, int], name: str) -> None:
+    pins = [
+        Pin(max(f.first_step, window[0]), min(f.last_step, window[1]), f.severity, "", f"{f.title}: {describe(f)}")
+        for i in view.verdict.incidents
+        for f in i.findings
+        if f.module == router
+    ]
+    st.plotly_chart(
+        figures.lines(_panels(view, router, strips, window), pins, window, theme.palette()),
+        key=f"{Key.ROUTING}-{name}", theme=None, config=figures.CONFIG,
+    )  # fmt: skip
+
+
+PAGE = Page("Routing", 30, page)

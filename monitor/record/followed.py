@@ -1,0 +1,197 @@
+"""What a recording follows: root modules, the names of their parameters, and the optimizers that train them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from monitor.record.facts import model_facts, parameter_names, unwrap
+
+
+class Followed:
+    """Root modules and optimizers of one recording.
+
+    Args:
+        only: follow these optimizers alone; default: every one that trains a parameter of the roots.
+        stranger: told of a model that a followed optimizer trains and that is no root yet; None: those are left alone.
+    """
+
+    def __init__(self, only: Sequence[Optimizer], stranger: Callable[[nn.Module], None] | None) -> None:
+        #: Root modules, unwrapped.
+        self.roots: list[nn.Module] = []
+        self._only = {id(o) for o in only}
+        self._stranger = stranger
+        self._names: dict[int, str] = {}
+        self._named_at = -1
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._updates: dict[int, int] = {}
+        self._mine: dict[int, bool] = {}
+        self._signature: tuple[int, ...] = ()
+
+    def add(self, model: nn.Module) -> nn.Module:
+        """Follow ``model`` too; a root inside it is no root any more.
+
+        Returns:
+            The root itself, without wrappers.
+        """
+        root = unwrap(model)
+        if all(root is not r for r in self.roots):
+            inner = set(map(id, root.modules()))
+            self.roots = [r for r in self.roots if id(r) not in inner] + [root]
+            self._names = parameter_names(self.roots)
+        return root
+
+    def parameter(self, p: Tensor, step: int) -> str:
+        """Name of a parameter; one that belongs to no root is named by its place in an optimizer."""
+        name = self._names.get(id(p))
+        if name is None:
+            self._look_up_names(step)  # the user may have given the model a new head
+            name = self._names.setdefault(id(p), f"parameter[{len(self._names)}]")
+        return name
+
+    def _look_up_names(self, step: int) -> None:
+        """Read the roots' parameter names again, once a step at most; ids of dead parameters are forgotten."""
+        if self._named_at == step:
+            return
+        self._named_at = step
+        strangers = {key: name for key, name in self._names.items() if name.startswith("parameter[")}
+        self._names = strangers | parameter_names(self.roots)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers that have made an update and are alive."""
+        return [o for known in self._optimizers if (o := known()) is not None]
+
+    def label(self, optimizer: Optimizer) -> str:
+        """Name of an optimizer: empty for the first that stepped, so that a second one does not rename it."""
+        known = [id(o()) for o in self._optimizers]
+        return "" if len(known) < 2 or known[0] == id(optimizer) else f"optimizer[{known.index(id(optimizer))}]"
+
+    def updates(self, optimizer: Optimizer) -> int:
+        """Updates of this optimizer since it was first seen, including one under way."""
+        return self._updates.get(id(optimizer), 0)
+
+    def is_gradient(self, t: Tensor) -> bool:
+        """True if ``t`` is the gradient of a parameter of the roots."""
+        return any(p.grad is t for root in self.roots for p in root.parameters())
+
+    def follows(self, optimizer: Optimizer, step: int) -> bool:
+        """True if the steps of this optimizer are steps of this recording."""
+        known = self._mine.get(id(optimizer))
+        if known is None:
+            if self._only:
+                known = id(optimizer) in self._only
+            else:
+                params = [id(p) for g in optimizer.param_groups for p in g["params"]]
+                if not all(p in self._names for p in params):
+                    self._look_up_names(step)
+                trained = [p in self._names for p in params]
+                known = any(trained)
+                if self._stranger is not None and not all(trained):
+                    for model in find_models(optimizer):
+                        self._stranger(model)
+                    known = True
+            self._mine[id(optimizer)] = known
+            # the id of a dead optimizer may be given to another
+            weakref.finalize(optimizer, self._mine.pop, id(optimizer), None)
+        return known
+
+    @property
+    def stepped(self) -> bool:
+        """True once an optimizer has made a step."""
+        return bool(self._optimizers)
+
+    def count(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Note that ``optimizer`` has made an update.
+
+        Returns:
+            The facts of the run if they have changed.
+        """
+        signature = tuple(len(g["params"]) for x in self.optimizers for g in x.param_groups)
+        known = [o() for o in self._optimizers]
+        if all(o is not optimizer for o in known):
+            self._updates[id(optimizer)] = 0
+            # one that takes the place of a dead one goes on with its series
+            at = known.index(None) if None in known else len(known)
+            self._optimizers[at : at + 1] = [weakref.ref(optimizer)]
+        self._updates[id(optimizer)] += 1
+        if optimizer in known and signature == self._signature:
+            return None
+        self._signature = tuple(len(g["params"]) for x in self.optimizers for g in x.param_groups)
+        return model_facts(self.roots, self.optimizers)
+
+    def alive(self, step: int) -> Iterable[int]:
+        """Ids of the optimizers there are for the roots: taken to make a step together, until they do not."""
+        for o in gc.get_objects():
+            if not issubclass(type(o), Optimizer) or isinstance(getattr(o, "optimizer", None), Optimizer):
+                continue  # a wrapper round another optimizer does not step by itself
+            if self.follows(o, step):
+                yield id(o)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter that is anywhere is."""
+        for root in self.roots:
+            for p in root.parameters():
+                if p.device.type != "meta":
+                    return p.device
+        return torch.device("cpu")
+
+    @property
+    def sharded(self) -> bool:
+        """True if this process holds only a part of some parameter."""
+        return any(hasattr(p, "_local_tensor") for root in self.roots for p in root.parameters())
+
+    def orphaned(self) -> bool:
+        """True if the optimizers are gone and nobody else holds a module of the roots: they cannot train any more."""
+        if not self._optimizers or any(o() is not None for o in self._optimizers):
+            return False
+        modules = [m for root in self.roots for m in root.modules()]
+        # a module that is left has one reference more than a fresh object here: its parent's, or ours to the root
+        return set(_references(modules)) == {_references([object()])[0] + 1}
+
+
+def _references(held: Sequence[object]) -> list[int]:
+    return [sys.getrefcount(x) for x in held]
+
+
+def children_called(module: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
+    """Children of ``module`` that have a forward of their own, with their names; containers are looked into."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return  # it drops its fast path also when one of its children has hooks
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from children_called(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def find_models(optimizer: Optimizer) -> list[nn.Module]:
+    """The smallest modules alive that hold this optimizer's parameters, largest share first.
+
+    Args:
+        optimizer: any optimizer.
+
+    Returns:
+        Usually one module; several if no single module holds all parameters; empty if they belong to none.
+    """
+    wanted = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    # most of what is alive is no module, and isinstance runs code of lazy proxies: look at the type alone
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    held = [(m, {id(p) for p in m.parameters()}) for m in modules if not hasattr(m, "_orig_mod")]
+    found: list[nn.Module] = []
+    while wanted:
+        # of modules that hold the same parameters, the outermost: its names say most
+        best = max(held, key=lambda x: (len(x[1] & wanted), -len(x[1]), sum(1 for _ in x[0].modules())), default=None)
+        if best is None or not best[1] & wanted:
+            break
+        found.append(best[0])
+        wanted -= best[1]
+    return found

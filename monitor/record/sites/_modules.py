@@ -1,0 +1,163 @@
+"""Looking at calls of modules inside a root's forward: hooks that are there for that one forward and no longer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from monitor.record.facts import clean, compiled_regions, unwrap
+from monitor.record.private import inside_functorch
+from monitor.record.site import Site
+
+#: Steps between two looks.
+EVERY = 50
+#: Modules looked at in one forward.
+MOST = 256
+
+
+class ModuleSite(Site):
+    """Base of sites that read what modules inside a root are called with and what they return.
+
+    On few steps, and then in the first forward of each root only, hooks are set when the forward begins and are gone
+    when it ends (each after its first call), so that the recomputation of activation checkpointing is not read twice
+    and no evaluation runs with a hook. A model with a compiled region gets none. What was read is handed to `record`
+    when the forward is trained on.
+    """
+
+    metric = ""
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._hooks: list[RemovableHandle] = []
+        self._looked: dict[int, tuple[int, int]] = {}
+        self._open: set[int] = set()
+        self._thread = 0
+        self._watch = recorder._guarded(self, self._called)
+        self._compiled = False
+
+    # ---- what a site says
+
+    def choose(self, root: nn.Module, prefix: str) -> Iterable[tuple[nn.Module, str]]:
+        """Modules of ``root`` to look at, with their names."""
+        raise NotImplementedError
+
+    def read(self, module: nn.Module, name: str, inputs: Tensor, output: Tensor) -> None:
+        """One call: its first floating tensor and what came of it."""
+        raise NotImplementedError
+
+    def forward_ends(self) -> None:
+        """The forward in which something was read is over."""
+
+    def record(self) -> None:
+        """Emit what was read since the last call; it is being trained on."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drop what was read: it was never trained on."""
+        raise NotImplementedError
+
+    # ---- when it looks
+
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set the hooks, if it is time."""
+        self._disarm()
+        if not self.due(EVERY) or self._looked.get(id(module)) == (self.rec.step, self.rec.epoch):
+            return
+        self._open.add(id(module))
+        root = unwrap(module)
+        if _compiled(module):
+            self._compiled = True
+            return
+        self._thread = threading.get_ident()
+        # the root's own hooks must stay as they are while it runs;
+        # in eval() such a layer leaves its fast path when it or a child has a hook, and its numbers change
+        fast = [m for m in root.modules() if isinstance(m, nn.TransformerEncoderLayer) and not m.training]
+        never = {id(m) for layer in fast for m in layer.modules()}
+        chosen = [(m, name) for m, name in self.choose(root, self.rec.prefix(module)) if id(m) not in never]
+        for m, name in chosen[:MOST]:
+            look = _Look(self, name)
+            look.handle = m.register_forward_hook(look, with_kwargs=True)
+            self._hooks.append(look.handle)
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Take the hooks away."""
+        if self._hooks:
+            self._disarm()
+            self.forward_ends()
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        module, name, given = args
+        x, y = _tensor(given), _tensor(result if isinstance(result, tuple | list) else (result,))
+        if x is not None and y is not None:
+            self.read(module, name, x, y)
+
+    def on_backward(self) -> None:
+        """Keep what was read: it is being trained on."""
+        self._disarm()
+        for key in self._open:  # one forward that is trained on is enough
+            self._looked[key] = (self.rec.step, self.rec.epoch)
+        self._open.clear()
+        self.record()
+
+    def on_step(self, optimizer: Any) -> None:
+        """Nothing is looked at across an update."""
+        self._disarm()
+
+    def on_row(self) -> None:
+        """Forget what was never trained on."""
+        self.forget()
+
+    def missing(self) -> Sequence[tuple[str, str]]:
+        """What a compiled model keeps from being seen. A model without such modules lacks nothing."""
+        why = "a compiled region is in the model: a hook inside it would recompile it"
+        return ((self.metric, why),) if self._compiled else ()
+
+    def _disarm(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+class _Look:
+    """A hook for one call of one module."""
+
+    handle: RemovableHandle
+
+    def __init__(self, site: ModuleSite, name: str) -> None:
+        self._site, self._name = site, name
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        site = self._site
+        if torch.compiler.is_compiling() or inside_functorch() or torch.jit.is_tracing():
+            return
+        if threading.get_ident() != site._thread or not site.rec.inside_forward:
+            return
+        self.handle.remove()
+        site._watch((module, self._name, (*args, *kwargs.values())), {}, output)
+
+
+def named(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    """Every module of ``root`` with its name, without what wrappers add."""
+    return [(prefix + clean(name), m) for name, m in root.named_modules()]
+
+
+def _compiled(module: nn.Module) -> bool:
+    """True if a call of ``module`` enters a compiled region, also one made by compiling a ``forward``."""
+    return bool(compiled_regions(module)) or any(
+        hasattr(m.forward, "_torchdynamo_orig_callable") for m in module.modules()
+    )
+
+
+def _tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first floating tensor among ``values``, this rank's part of a distributed one."""
+    for v in values:
+        if isinstance(v, Tensor):
+            v = v if type(v) is Tensor else getattr(v, "_local_tensor", v)
+            if type(v) in (Tensor, nn.Parameter) and v.is_floating_point() and v.layout is torch.strided and v.numel():
+                return v.detach()
+    return None

@@ -1,0 +1,329 @@
+"""Results of the papers behind this package, found again on small problems. The long ones are slow tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monitor.curvature import (
+    Hessian,
+    LossClosure,
+    batch_eigenvalue,
+    density,
+    heavy_ball,
+    lanczos,
+    loss_changes,
+    singular_values,
+    stability,
+)
+
+
+def digits(count: int | None = None) -> tuple[Tensor, Tensor]:
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.tensor(images / 16.0, dtype=torch.float32)[order], torch.tensor(labels)[order]
+
+
+def tanh_network(*widths: int, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [f(i, o) for i, o in pairwise(widths) for f in (nn.Linear, lambda *_: nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+def squared_error(out: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * (out - y).square().sum(1).mean()
+
+
+# Edge of stability (spec 5.2, 5.3)
+
+
+def ratios_to_the_edge(
+    optimizer_of: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], steps: int, at: Iterable[int]
+) -> list[float]:
+    """Ratios to the edge at some steps of full-batch training on 256 digits."""
+    x, labels = digits(256)
+    y = F.one_hot(labels, 10).float()
+    model = tanh_network(64, 32, 32, 10)
+    optimizer = optimizer_of(model.parameters())
+    ratios, when = [], set(at)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        squared_error(model(x), y).backward()
+        optimizer.step()
+        if step in when:
+            ratios.append(stability(Hessian(LossClosure(model, squared_error, (x, y))), optimizer).ratio)
+    return ratios
+
+
+def late(steps: int) -> range:
+    return range(3 * steps // 4, steps + 1, steps // 20)
+
+
+def test_gradient_descent_reaches_the_edge():
+    """Oracle: reproduction of Cohen et al. (2021), the shortest: sharpness rises to 2/η and stays just above it."""
+    ratios = ratios_to_the_edge(lambda p: torch.optim.SGD(p, lr=0.4), 700, [20, 600, 650, 700])
+    assert ratios[0] > 1.2 or ratios[0] < 0.97  # at the start it is somewhere else
+    assert all(0.97 < r < 1.15 for r in ratios[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [0.1, 0.2, 0.4])
+def test_gradient_descent_settles_at_the_edge(lr):
+    """Oracle: reproduction of Cohen et al. (2021): sharpness settles just above 2/η, for three learning rates."""
+    assert all(0.97 < r < 1.06 for r in ratios_to_the_edge(lambda p: torch.optim.SGD(p, lr=lr), 4000, late(4000)))
+
+
+@pytest.mark.slow
+def test_heavy_ball_settles_at_its_own_edge():
+    """Oracle: reproduction of Cohen et al. (2021): 3.8/η = 38 at momentum 0.9."""
+    ratios = ratios_to_the_edge(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 4000, late(4000))
+    assert heavy_ball(0.9) / 0.1 == pytest.approx(38) and all(0.97 < r < 1.06 for r in ratios)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [1e-3, 3e-3])
+def test_adam_settles_at_the_adaptive_edge(lr):
+    """Oracle: reproduction of Cohen et al. (2022): preconditioned sharpness near 38/η."""
+    ratios = ratios_to_the_edge(lambda p: torch.optim.Adam(p, lr=lr, eps=1e-7), 3000, late(3000))
+    assert all(0.85 < r < 1.12 for r in ratios)
+
+
+# Double descent (spec 5.12)
+
+WIDTHS = (50, 75, 100, 150, 300)
+
+
+def random_features(draws: int, gd_steps: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Medians of (condition, test error when converged, test error after some steps), by width, at 100 examples."""
+    rows = np.empty((3, len(WIDTHS), draws))
+    for draw in range(draws):
+        g = torch.Generator().manual_seed(draw)
+        x, teacher = torch.randn(1100, 20, generator=g).double(), torch.randn(20, generator=g).double()
+        y = x @ teacher / 20**0.5 + 0.5 * torch.randn(1100, generator=g).double()
+        for i, p in enumerate(WIDTHS):
+            Z = torch.relu(x @ torch.randn(20, p, generator=g).double() / 20**0.5)
+            A, b = Z[:100], y[:100]
+            converged = torch.linalg.pinv(A) @ b
+            values, (U, s, Vt) = singular_values(A), torch.linalg.svd(A, full_matrices=False)
+            # n steps of gradient descent from 0 at step size 1/σ_max², in closed form
+            filtered = Vt.T @ ((1 - (1 - (s / s[0]) ** 2) ** gd_steps) / s * (U.T @ b))
+            errors = [float((Z[100:] @ w - y[100:]).square().mean()) for w in (converged, filtered)]
+            rows[:, i, draw] = values.condition, *errors
+    condition, converged, stopped = np.median(rows, axis=2)
+    return condition, converged, stopped
+
+
+def check_double_descent(draws: int) -> None:
+    condition, converged, stopped = random_features(draws)
+    print("\nκ", condition.round(0), "converged", converged.round(2), "stopped", stopped.round(2))
+    assert condition.argmax() == 2 == converged.argmax()  # at the interpolation threshold
+    assert condition[2] > 30 * condition[[0, 4]].max() and converged[2] > 5 * np.delete(converged, 2).max()
+    assert stopped[2] < 2 * np.delete(stopped, 2).max()  # no peak where small directions have not been fitted
+
+
+def test_double_descent_follows_the_condition_number():
+    """Oracle: reproduction of Schaeffer et al. (2023): test error peaks with κ at n = p, only when converged."""
+    check_double_descent(3)
+
+
+@pytest.mark.slow
+def test_double_descent_over_ten_draws():
+    """Oracle: reproduction of Schaeffer et al. (2023), medians of ten draws as in spec 5.12."""
+    check_double_descent(10)
+
+
+# Opposing signals (spec D8)
+
+
+@dataclass
+class Pull:
+    """Loss changes of two groups of ten examples during training."""
+
+    correlation: float
+    share: float
+    planted: float
+
+
+def patched_training(lr: float, patch: bool, steps: int = 800, size: int = 1000) -> Pull:
+    """Full-batch training on digits, twenty of which, whatever they show, are labelled 0 or 1 and share a bright corner.
+
+    The numbers are those after a quarter of the steps.
+    """
+    x, y = digits(size)
+    groups = torch.arange(20).view(2, 10)
+    y[groups] = torch.tensor([[0], [1]])
+    x = x.view(-1, 8, 8).clone()
+    if patch:
+        for group in groups:
+            x[group, :2, :2] = 6.0
+    x = x.flatten(1)
+    model = tanh_network(64, 128, 128, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        each = F.cross_entropy(model(x), y, reduction="none")
+        losses.append(each.detach())
+        optimizer.zero_grad()
+        each.mean().backward()
+        optimizer.step()
+    L = torch.stack(losses[steps // 4 :]).numpy()
+    a, b = (np.diff(L[:, group.numpy()].mean(1)) for group in groups)
+    change = np.abs(np.diff(L, axis=0))
+    top = np.argsort(-change, axis=1)[:, : size // 50]
+    planted = (top < 20).mean()
+    return Pull(float(np.corrcoef(a, b)[0, 1]), loss_changes(L).share, float(planted))
+
+
+@pytest.mark.slow
+def test_opposing_signals_need_the_patch_and_the_large_step():
+    """Oracle: reproduction of Rosenfeld and Risteski (2024): two groups swing against each other only with both."""
+    both, no_patch, small = patched_training(0.4, True), patched_training(0.4, False), patched_training(0.1, True)
+    print("\n", both, no_patch, small, sep="\n")
+    assert both.correlation < -0.9 and no_patch.correlation > 0.9 and small.correlation > 0.9
+    assert both.share > 0.5 > max(no_patch.share, small.share) and both.planted > 0.3
+
+
+# Distance from the start (spec 5.9)
+
+
+def distance_fits(batch: int, steps: int, lr: float = 0.05) -> dict[str, float]:
+    """R² of the distance from the start against functions of the step."""
+    x, y = digits(1500)
+    model = tanh_network(64, 32, 32, 10)
+    start = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    g, t, d = torch.Generator().manual_seed(0), [], []
+    when = {10, 20, 40, 80, 160, 320, 640, 1280, 2000}
+    for step in range(1, steps + 1):
+        i = torch.randint(0, len(x), (batch,), generator=g)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[i]), y[i]).backward()
+        optimizer.step()
+        if step in when:
+            t.append(step)
+            d.append(float((torch.cat([p.detach().reshape(-1) for p in model.parameters()]) - start).norm()))
+    forms = {"log": np.log(t), "root": np.sqrt(t), "linear": np.array(t)}
+    return {name: float(np.corrcoef(form, d)[0, 1] ** 2) for name, form in forms.items()}
+
+
+def test_distance_from_the_start_grows_like_the_logarithm():
+    """Oracle: reproduction of Hoffer et al. (2017), one short run."""
+    fits = distance_fits(64, 640)
+    assert fits["log"] > 0.95 and fits["log"] > fits["root"] > fits["linear"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [16, 64, 256])
+def test_distance_from_the_start_at_three_batch_sizes(batch):
+    """Oracle: reproduction of Hoffer et al. (2017): R² of log t .98 to .99, of √t and t well below."""
+    fits = distance_fits(batch, 2000)
+    assert fits["log"] > 0.975 and fits["root"] < 0.9 and fits["linear"] < 0.75
+
+
+# Batch against full-data sharpness (spec 5.6)
+
+
+def batch_inflation(sizes: Iterable[int], repeats: int) -> tuple[float, float, dict[int, float]]:
+    """(Full-data sharpness, its noise for one example, mean sharpness of batches by size) of a trained network."""
+    x, y = digits(1500)
+    model = tanh_network(64, 32, 32, 10)
+    optimizer, g = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), torch.Generator().manual_seed(0)
+    for _ in range(400):
+        i = torch.randint(0, 1500, (64,), generator=g)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[i]), y[i]).backward()
+        optimizer.step()
+
+    def hessian(i: Tensor) -> Hessian:
+        return Hessian(LossClosure(model, F.cross_entropy, (x[i], y[i])))
+
+    H = hessian(torch.arange(1500))
+    full, squares = float(lanczos(H).largest.values[0]), []
+    for _ in range(100):  # over examples and random signs, as `batch_eigenvalue` defines the noise
+        z = torch.randint(0, 2, (H.n,), generator=g) * 2.0 - 1
+        one = hessian(torch.randint(0, 1500, (1,), generator=g))
+        squares.append(float((one(z) - H(z)).square().mean()))
+    found = {
+        size: float(
+            np.mean(
+                [lanczos(hessian(torch.randperm(1500, generator=g)[:size])).largest.values[0] for _ in range(repeats)]
+            )
+        )
+        for size in sizes
+    }
+    return full, float(np.mean(squares) ** 0.5), found
+
+
+def test_small_batches_are_sharper():
+    """Oracle: reproduction of Granziol et al. (2022), the inflation alone: half the data 5 to 60 % above all of it."""
+    full, _, found = batch_inflation([16, 512], 6)
+    assert found[16] > 1.5 * full and 1.0 < found[512] / full < 1.6
+
+
+@pytest.mark.slow
+def test_batch_inflation_falls_with_the_batch():
+    """Oracle: reproduction of Granziol et al. (2022): the inflation falls towards 1 with the batch.
+
+    Its size does not follow the law with the measured noise, on this network (spec 5.6: nor does 1/B).
+    """
+    sizes = [16, 32, 64, 128, 256, 512, 1024]
+    full, noise, found = batch_inflation(sizes, 8)
+    expected = {b: batch_eigenvalue(full, noise, b, 1500) / full for b in sizes}
+    print(f"\nfull {full:.3g}, noise {noise:.3g}")
+    for b in sizes:
+        print(f"B {b:5d} found {found[b] / full:.2f} law {expected[b]:.2f} excess × B {b * (found[b] - full):.0f}")
+    ratios = np.array([found[b] / full for b in sizes])
+    assert ratios[:2].min() > 2 and ratios[2:4].mean() > ratios[4:6].mean() > ratios[6] > 1
+
+
+# Spectral criteria under data shift (spec 5.8)
+
+
+def criteria_under_shift(seeds: int, steps: int, nodes: int, train: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy and (r_e, K_½) ``(seed, shift)`` of a trained network on test digits with growing noise."""
+    x, y = digits()
+    accuracy, criteria = [], []
+    for seed in range(seeds):
+        model = tanh_network(64, 32, 32, 10, seed=seed)
+        optimizer, g = torch.optim.Adam(model.parameters(), lr=3e-3), torch.Generator().manual_seed(seed)
+        for _ in range(train):
+            i = torch.randint(0, 1200, (64,), generator=g)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[i]), y[i]).backward()
+            optimizer.step()
+        for noise in np.linspace(0, 0.6, steps):
+            shifted = x[1200:] + float(noise) * torch.randn(x[1200:].shape, generator=g)
+            with torch.no_grad():
+                accuracy.append(float((model(shifted).argmax(1) == y[1200:]).float().mean()))
+            found = density(Hessian(LossClosure(model, F.cross_entropy, (shifted, y[1200:]))), steps=nodes, seed=seed)
+            criteria.append((found.negative_ratio(), found.negative_weight()))
+    shape = (seeds, steps)
+    return np.array(accuracy).reshape(shape), np.array(criteria).reshape(*shape, 2)
+
+
+def falls_with_accuracy(accuracy: np.ndarray, criterion: np.ndarray) -> list[float]:
+    """Rank correlation of a criterion with accuracy over the shifts, for each network."""
+    ranks = [np.argsort(np.argsort(rows, axis=1), axis=1) for rows in (accuracy, criterion)]
+    return [float(np.corrcoef(a, c)[0, 1]) for a, c in zip(*ranks, strict=True)]
+
+
+def test_spectral_criteria_move_with_accuracy_under_shift():
+    """Oracle: reproduction of the LLA trend (spec 5.8): as noise on the inputs costs accuracy, r_e and K_½ rise."""
+    accuracy, criteria = criteria_under_shift(1, 3, 40)
+    assert accuracy[0, 0] > 0.9 > 0.7 > accuracy[0, -1]
+    assert all(falls_with_accuracy(accuracy, criteria[..., i]) == pytest.approx([-1.0]) for i in (0, 1))
+
+
+@pytest.mark.slow
+def test_spectral_criteria_over_seeds():
+    """Oracle: reproduction of the LLA trend (spec 5.8): rank correlation below −.9 on three networks, six shifts."""
+    accuracy, criteria = criteria_under_shift(3, 6, 40)
+    print("\naccuracy", accuracy.round(3), "r_e", criteria[..., 0].round(3), "K", criteria[..., 1].round(3), sep="\n")
+    assert all(r < -0.9 for i in (0, 1) for r in falls_with_accuracy(accuracy, criteria[..., i]))

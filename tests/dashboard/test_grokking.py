@@ -1,0 +1,97 @@
+"""The Grokking page, without a browser: on a run that grokked, one that logged nothing, one with probes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+
+import monitor_dashboard
+from monitor_dashboard import data, figures, sampling
+from monitor_dashboard.figures import Band, Panel
+from monitor_dashboard.page import grokking
+from monitor_dashboard.theme import LIGHT
+
+APP = Path(monitor_dashboard.__file__).parent / "app.py"
+SAMPLES = Path(__file__).parents[2] / "sample_runs"
+HERE = "\nfrom monitor_dashboard import data\nfrom monitor_dashboard.page import grokking\nimport pathlib, os\n"
+
+
+@pytest.fixture
+def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
+    """Runs the page on a run, with an address."""
+
+    def run(folder: Path, **address: str) -> AppTest:
+        monkeypatch.setenv(data.RUNS_VARIABLE, str(folder))
+        script = HERE + "grokking.page(data.view(pathlib.Path(os.environ['MONITOR_RUNS'])))"
+        app = AppTest.from_string(script, default_timeout=30)
+        for name, value in address.items():
+            app.query_params[name] = value
+        return app.run()
+
+    return run
+
+
+def said(app: AppTest) -> str:
+    assert not app.exception, app.exception
+    return "\n".join(h.body for h in app.html)
+
+
+def chart(app: AppTest) -> dict[str, Any]:
+    (found,) = app.get("plotly_chart")
+    return json.loads(found.proto.spec)
+
+
+def test_a_run_that_grokked(show) -> None:
+    """Oracle: golden. The recorded run's phases are said and drawn, over accuracies, losses and the probes' columns."""
+    app = show(SAMPLES / "grokking_p41")
+    text = said(app)
+    assert "Grokking" in text
+    assert "generalised at step 2," in text
+    assert "times as late" in text
+    found = chart(app)
+    names = [a["text"] for a in found["layout"]["annotations"]]
+    for name in ("memorised", "generalising", "<b>accuracy</b>", "<b>restricted_loss</b>", "<b>gini</b>"):
+        assert name in names
+    assert found["layout"]["xaxis"]["range"][0] < 0
+    assert "Not recorded: odd_fraction" in text
+
+
+def test_logarithmic_steps_are_in_the_address(show) -> None:
+    """Oracle: definition. The axis is logarithmic and begins at step 1."""
+    found = chart(show(SAMPLES / "grokking_p41", logsteps="true"))
+    assert found["layout"]["xaxis"]["type"] == "log"
+    assert found["layout"]["xaxis"]["range"][0] == 0
+
+
+def test_a_probe_alone_is_drawn(show) -> None:
+    """Oracle: golden. XOR clusters: the held-out accuracy follows at once, and the odd fraction is there."""
+    text = said(show(SAMPLES / "xor_clusters"))
+    assert grokking.WORDS["normal"] in text
+    assert "odd_fraction" not in text
+
+
+def test_nothing_of_it_is_one_line(show, scripted, tmp_path: Path) -> None:
+    """Oracle: definition. A run without held-out data or probes gets one line that says what to do, and no chart."""
+    app = show(scripted(tmp_path / "plain").train(30).finish())
+    assert said(app).count("mon-line") == 1
+    assert grokking.NOTHING.partition(",")[0] in said(app)
+    assert not app.get("plotly_chart")
+
+
+def test_bands_follow_one_another() -> None:
+    """Oracle: closed form. Each band begins where the one before ends; a name without room is left out."""
+    strip = Panel("loss", "loss", "", {"loss": sampling.line(np.array([1, 2]), np.ones(2))}, False, 90)
+    bands = [Band("a", 0, 9), Band("<b>long</b>", 10, 499), Band("generalised", 500, 501), Band("end", 502, 999)]
+    figure: Any = figures.phases([strip], bands, (0, 999), LIGHT, log_steps=False)
+    drawn = [(s.x0, s.x1) for s in figure.layout.shapes if s.type == "rect"]
+    assert drawn == [(0, 10), (10, 500), (500, 502), (502, 1000)]
+    names = [a.text for a in figure.layout.annotations]
+    assert "generalised" not in names
+    assert "end" in names
+    assert "&lt;b&gt;long&lt;/b&gt;" in names
