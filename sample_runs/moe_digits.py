@@ -29,7 +29,7 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm, self.router = nn.LayerNorm(width), nn.Linear(width, EXPERTS, bias=False)
+        self.norm, self.router = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, EXPERTS, bias=False)
         self.up = nn.Parameter(torch.randn(EXPERTS, width, hidden) / width**0.5)
         self.down = nn.Parameter(torch.randn(EXPERTS, hidden, width) / hidden**0.5)
 

@@ -59,7 +59,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition",
-    cost="four columns of the optimizer's memory of every embedding, at the first ten steps and every hundredth",
+    cost="four columns of the optimizer's memory of every embedding, at every hundredth step and the tenth",
     plot=Plot("frac"),
     oracle=oracle,
     reads="embedding",

@@ -57,7 +57,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2309.14322 sec. 3.4",
-    cost="one read of the second moments, at the first ten steps and every hundredth",
+    cost="one read of the second moments, at every hundredth step and the tenth",
     plot=Plot("ratio", log=True, kind="heatmap"),
     oracle=oracle,
     reads="adam_state",

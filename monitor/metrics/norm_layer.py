@@ -93,7 +93,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition; arXiv 2309.14322 sec. 3.4; arXiv 2507.02559",
-    cost="one read of every layer's input, two of a LayerNorm's, at the first ten steps and every fiftieth",
+    cost="one read of every layer's input, two of a LayerNorm's, at every fiftieth step and at 3, 10 and 25",
     plot=Plot("rms", log=True, kind="heatmap"),
     oracle=oracle,
     reads="norm",

@@ -82,7 +82,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition; arXiv 2402.17762 sec. 2",
-    cost="three reads of every block's output, at the first ten steps and every fiftieth",
+    cost="three reads of every block's output, at every fiftieth step and at 3, 10 and 25",
     plot=Plot("rms", log=True, kind="heatmap"),
     oracle=oracle,
     reads="stream",

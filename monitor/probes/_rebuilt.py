@@ -65,8 +65,8 @@ def given(moment: Moment, loss: Any, parameters: Selection, mode: Mode, dtype: t
     return Rebuilt(closure, names, optimizers, None, closure.size, ())
 
 
-def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtype | None) -> Rebuilt:
-    """The loss of the step that is about to be made.
+def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtype | None) -> Rebuilt | None:
+    """The loss of the step that is about to be made; None if its gradient is not finite.
 
     Args:
         moment: with tapes.
@@ -86,6 +86,8 @@ def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtyp
     as_run = LossClosure.total(model, [_again(t, inverse, autocast=True) for t in tapes], mode="train")
     point = as_run.point(_trained(as_run, moment.optimizers))
     gradient = as_run.gradient(point)
+    if not bool(torch.isfinite(gradient).all()):
+        return None
     slices, live = point.slices(), as_run.named()
     optimizers, worst = [], None
     for o in moment.optimizers:
@@ -161,8 +163,8 @@ def _fault(moment: Moment, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, T
         g = g.reshape(-1).double() * unscale
         dot += float(a @ g)
         theirs += float(g @ g)
-    if not math.isfinite(mine) or not math.isfinite(theirs):
-        return "the gradient is not finite"
+    if not math.isfinite(theirs):
+        return "the gradient that the optimizer is given is not finite, its own is"
     if mine == 0 and theirs == 0:
         return None
     cosine = dot / math.sqrt(mine * theirs) if mine > 0 and theirs > 0 else 0.0

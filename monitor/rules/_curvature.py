@@ -8,7 +8,7 @@ from monitor.metric import Array, Mask
 from monitor.rule import Window
 from monitor.rules._series import Steps, exactly
 
-#: What "calibrated" means in the parameters of these rules: GD, momentum and Adam on digits with full batches, stable, at
+#: What "calibrated" means in the parameters of these rules: GD, momentum and Adam on full batches of digits, stable, at
 #: the edge and above it, with tanh and ReLU (16), and the trainings of tests/integration/trainings.py (8).
 CALIBRATION = "calibrated on 24 small trainings, measured every 5 to 25 steps"
 #: Steps without another batch that show that there is only one.
@@ -47,5 +47,7 @@ def at(window: Window, ref: str, steps: Steps) -> tuple[Array, Mask]:
 
 def before(values: Array, back: int) -> Array:
     """``values`` ``(point, 1)`` of the ``back`` points before each, ``(point, back)``; NaN where there are none."""
+    if not len(values):
+        return np.zeros((0, back))
     padded = np.concatenate([np.full((back, 1), np.nan), values])
     return np.lib.stride_tricks.sliding_window_view(padded[:-1, 0], back)

@@ -59,9 +59,7 @@ RULE = Rule(
         Param("limit", 0.1, "fraction", "own choice: a padding row and a few rare tokens are less"),
         Param("fresh", 0.01, "fraction", "own choice: what is new in the window, of all rows"),
         Param("window", 10, "points", "own choice: 1,000 steps at the default cadence"),
-        Param(
-            "steps", 900, "steps", "own choice: least length of the window, so that the first ten steps are no window"
-        ),
+        Param("steps", 900, "steps", "own choice: least length of the window"),
     ),
     needs=("embedding_rows.frac",),
     check=check,

@@ -6,7 +6,7 @@ What it means:
 
 How it is decided:
     The median magnitude of the gain is below 0.1, and at most half of what it was at some time in the last 40 looks
-    (2,000 steps, once the first ten steps are past), for 3 looks.
+    (2,000 steps, once the early looks are past), for 3 looks.
 
 What to do:
     Take the gains out of weight decay, as is usual for vectors. A lower learning rate; if the gain of the last

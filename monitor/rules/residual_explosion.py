@@ -7,7 +7,7 @@ What it means:
 
 How it is decided:
     The root mean square of a block's output is at least 300 times the smallest of the last 40 looks (2,000 steps, once
-    the first ten steps are past) and at least 100, for 2 looks. It is critical from 10,000 on.
+    the early looks are past) and at least 100, for 2 looks. It is critical from 10,000 on.
 
 What to do:
     A lower learning rate or a longer warm-up: the stream grows with the size of the updates. Weight decay; a

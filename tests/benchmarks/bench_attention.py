@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import monitor
-from monitor.record.sites.attention import _PRODUCTS, _SOFTMAX, ALL_EVERY, BOUND_EVERY, EVERY
+from monitor.record.site import START
+from monitor.record.sites import attention
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.bench_overhead import Attention, Training, gpt
@@ -71,7 +72,7 @@ def measure(build: Any, steps: int) -> dict[str, float]:
             inside[0] = True
             (mode,) = _get_current_function_mode_stack()
             watchers: dict[Any, Any] = mode.after  # pyright: ignore[reportAttributeAccessIssue]
-            for func in (nn.functional.scaled_dot_product_attention, *_SOFTMAX, *_PRODUCTS):
+            for func in (nn.functional.scaled_dot_product_attention, *attention._SOFTMAX, *attention._PRODUCTS):
                 watchers[func] = timed(watchers[func])
 
     next(training.model.children()).register_forward_pre_hook(wrap)
@@ -91,14 +92,14 @@ def measure(build: Any, steps: int) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=21)
+    parser.add_argument("--steps", type=int, default=41)
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
     stderr, sys.stderr = sys.stderr, open(os.devnull, "w")  # noqa: PTH123, SIM115
     for name, build in (("fused", gpt), ("by hand", by_hand)):
         t = measure(build, steps)
         share = {kind: 100 * t[kind] / t["step"] for kind in ("nothing", "bound", "rows", "all")}
-        bound = share["bound"] / BOUND_EVERY
+        bound = share["bound"] / attention.BOUND_EVERY
         total = share["nothing"] * 0.8 + share["bound"] * 0.1 + share["rows"] * 0.09 + share["all"] * 0.01
         print(
             f"{name:8} {1e3 * t['step']:7.1f} ms a step; when due: "

@@ -152,17 +152,16 @@ class Pull:
 
 
 def patched_training(lr: float, patch: bool, steps: int = 800, size: int = 1000) -> Pull:
-    """Full-batch training on digits, twenty of which, whatever they show, are labelled 0 or 1 and share a bright corner.
+    """Full-batch training on digits; with ``patch``, the first twenty are labelled 0 or 1 and share a bright corner.
 
     The numbers are those after a quarter of the steps.
     """
     x, y = digits(size)
     groups = torch.arange(20).view(2, 10)
-    y[groups] = torch.tensor([[0], [1]])
     x = x.view(-1, 8, 8).clone()
     if patch:
-        for group in groups:
-            x[group, :2, :2] = 6.0
+        x[:20, :2, :2] = 6.0
+        y[groups] = torch.tensor([[0], [1]])
     x = x.flatten(1)
     model = tanh_network(64, 128, 128, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)

@@ -449,7 +449,7 @@ def test_what_cannot_be_differentiated_twice_is_named(reentrant: bool, why: str,
 # What is found --------------------------------------------------------------------------------------------------------
 
 
-def descent(folder: Path, lr: float, steps: int, raised: float = 1.0) -> monitor.Run:
+def descent(folder: Path, lr: float, steps: int, raised: float = 1.0, every: int = 10) -> monitor.Run:
     """Full-batch gradient descent on digits, squared loss; at half time the learning rate is multiplied."""
     from sklearn.datasets import load_digits
 
@@ -458,7 +458,7 @@ def descent(folder: Path, lr: float, steps: int, raised: float = 1.0) -> monitor
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10))
     opt = torch.optim.SGD(model.parameters(), lr=lr)
-    with monitor.attach(model, folder, curvature=Curvature(every=10, full=100)):
+    with monitor.attach(model, folder, curvature=Curvature(every=every, full=1000)):
         for step in range(steps):
             if step == steps // 2:
                 opt.param_groups[0]["lr"] *= raised

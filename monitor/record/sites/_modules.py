@@ -14,8 +14,8 @@ from monitor.record.facts import clean, compiled_regions, unwrap
 from monitor.record.private import inside_functorch
 from monitor.record.site import Site
 
-#: Steps between two looks.
-EVERY = 50
+#: Steps between two looks, and some looks more, since the first steps change most.
+EVERY, EARLY = 50, (3, 10, 25)
 #: Modules looked at in one forward.
 MOST = 256
 
@@ -66,7 +66,8 @@ class ModuleSite(Site):
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the hooks, if it is time."""
         self._disarm()
-        if not self.due(EVERY) or self._looked.get(id(module)) == (self.rec.step, self.rec.epoch):
+        due = self.rec.step % EVERY == 0 or self.rec.step in EARLY
+        if not due or self._looked.get(id(module)) == (self.rec.step, self.rec.epoch):
             return
         self._open.add(id(module))
         root = unwrap(module)

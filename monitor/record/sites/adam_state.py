@@ -12,18 +12,18 @@ from torch.optim import Optimizer
 from monitor.record.passes.adam_state import STATS, moment_rms
 from monitor.record.site import Site
 
-#: Steps between two looks.
-EVERY = 100
+#: Steps between two looks, and one look more.
+EVERY, EARLY = 100, 10
 
 
 class AdamStateSite(Site):
-    """Root mean squares of the second moments of every parameter, every hundredth step and at the first ten."""
+    """Root mean squares of the second moments of every parameter, every hundredth step and at the tenth."""
 
     name = "adam_state"
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Record the moments of this optimizer's parameters, if it is of Adam's kind."""
-        if not self.due(EVERY):
+        if self.rec.step % EVERY and self.rec.step != EARLY:
             return
         for group in optimizer.param_groups:
             eps, betas = group.get("eps"), group.get("betas")

@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 from monitor.record.passes.embedding import STATS, row_stats, touched
 from monitor.record.site import Site
 
-#: Steps between two looks. A moment of a row that has no more gradients fades to an exact 0, but at the usual decays
-#: only after hundreds of steps, so that none is missed in between.
-EVERY = 100
+#: Steps between two looks, and one look more. A moment of a row that has no more gradients fades to an exact 0, but at
+#: the usual decays only after hundreds of steps, so that none is missed in between.
+EVERY, EARLY = 100, 10
 #: Running means of gradients or of their squares, under the names that optimizers give them.
 _MOMENTS = ("exp_avg_sq", "square_avg", "sum", "momentum_buffer", "exp_avg")
 
 
 class EmbeddingSite(Site):
-    """Counts rows without a gradient since the start, every hundredth step and at the first ten."""
+    """Counts rows without a gradient since the start, every hundredth step and at the tenth."""
 
     name = "embedding"
 
@@ -31,7 +31,7 @@ class EmbeddingSite(Site):
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Look at the moments of every embedding that this optimizer updates."""
-        if not self.due(EVERY):
+        if self.rec.step % EVERY and self.rec.step != EARLY:
             return
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for root in self.rec.roots:

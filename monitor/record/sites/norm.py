@@ -20,7 +20,7 @@ _TOKENS = 8
 
 
 class NormSite(ModuleSite):
-    """Input and gain of every normalisation layer, every fiftieth step and at the first ten."""
+    """Input and gain of every normalisation layer, every fiftieth step and at a few early ones."""
 
     name, metric = "norm", "norm_layer"
 

@@ -31,7 +31,7 @@ class _Output:
 
 
 class StreamSite(ModuleSite):
-    """Statistics of the output of every repeated block, every fiftieth step and at the first ten.
+    """Statistics of the output of every repeated block, every fiftieth step and at a few early ones.
 
     Repeated blocks are children of one list that have the same class and at least two layers with parameters each,
     and of which each is handed what an earlier one returned. Experts of a mixture are no such blocks, nor are heads.
