@@ -99,6 +99,7 @@ class GradientReader:
         self._readable = grads[0].dtype == self._wide
         self._buffers: dict[str, npt.NDArray[Any]] = {}
         self._remembered = list(remembered or [False] * len(grads))
+        self._zero: set[int] = set()
         sizes = [g.numel() for g in grads]
         large = [i for i, size in enumerate(sizes) if size > self.SMALL]
         #: For each turn the large tensors that are looked at closely, and the others.
@@ -169,7 +170,7 @@ class GradientReader:
                 self._close_up(out[i], grads[i], None, None)
             norm = out[:, _NORM]
             if not (norm.min() >= _LEAST and norm.max() < np.inf):
-                self._rescue(out, grads)
+                self._rescue(out, grads, close)
         return out
 
     def _side_by_side(
@@ -178,8 +179,10 @@ class GradientReader:
         g = self._row("grads", group.size, [grads[i] for i in group.at])
         square = np.multiply(g, g, out=self._room("square", g.size))
         # in binary the root of a square is exact
-        extremes = np.add.reduceat(square, group.begins), np.maximum.reduceat(square, group.begins)
-        out[group.at, :_BAD] = np.sqrt(extremes).T
+        extremes = np.sqrt((np.add.reduceat(square, group.begins), np.maximum.reduceat(square, group.begins)))
+        if not extremes[1].all():  # or it is that of a square too small for float32
+            extremes[1] = np.maximum.reduceat(np.abs(g), group.begins)
+        out[group.at, :_BAD] = extremes.T
         if history is None or not group.remembered:
             return
         v = self._row("seconds", group.size, [v for i in group.at if (v := history.seconds[i]) is not None])
@@ -208,19 +211,27 @@ class GradientReader:
         if v is not None and history is not None:
             row[_SPIKES:] = _spikes(g, v, history) if tripped else (0, 0)
 
-    def _rescue(self, out: npt.NDArray[np.float32], grads: Sequence[Tensor]) -> None:
-        """Look again where the norm has left what float32 can square: at 0 and very small, very large or not finite."""
+    def _rescue(self, out: npt.NDArray[np.float32], grads: Sequence[Tensor], close: Sequence[int]) -> None:
+        """Look again where the norm has left what float32 can square: at 0 and very small, very large or not finite.
+
+        A large tensor that was found to be all 0, as that of an expert no token chooses, is looked at again in its turn
+        or when its norm is no longer 0: elements below 1e-23 may pass for 0 until then.
+        """
         norm = out[:, _NORM]
         for i in np.flatnonzero(~((norm >= _LEAST) & (norm < np.inf))).tolist():
-            if norm[i] == 0 and self._readable and not grads[i].numpy().any():  # of an expert that no token chose
-                out[i, _PEAK] = 0
+            if norm[i] == 0 and grads[i].numel() <= self.SMALL and out[i, _PEAK] == 0:
+                continue
+            if norm[i] == 0 and i in self._zero and i not in close:
                 continue
             low, high = (float(t) for t in grads[i].aminmax())
             out[i, _PEAK] = peak = np.maximum(-low, high)
-            if not np.isfinite(peak):
-                out[i, _BAD] = float((~torch.isfinite(grads[i])).sum())
-            elif peak > 0:
+            if peak == 0:
+                self._zero.add(i)
+            elif np.isfinite(peak):
                 norm[i] = float(torch.linalg.vector_norm(grads[i], dtype=torch.float64))
+            else:
+                out[i, _BAD] = float((~torch.isfinite(grads[i])).sum())
+        self._zero = {i for i in self._zero if norm[i] == 0}
 
     def _room(self, name: str, n: int) -> npt.NDArray[Any]:
         """``(n,)`` uninitialised elements, the same memory each time."""
