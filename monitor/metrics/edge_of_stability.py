@@ -8,10 +8,10 @@ the optimizer diverges along an eigenvector where ratio exceeds 1. With one lear
 λ the (preconditioned) sharpness, ``threshold`` = c / η and ``stable_lr`` = η / ratio, the largest stable learning rate;
 with several these two are absent. Clipping and weight decay are left out.
 
-Healthy: on full batches, climbs to 1 and hovers there; with small batches (whose Hessian is sharper than that of all
-the data) anywhere from 0.01 to above 1.
+Healthy: on full batches, climbs to 1, overshoots it to 1.3 for some tens of steps and hovers there; with small batches
+(whose Hessian is sharper than that of all the data) anywhere from 0.01 to above 1.
 
-Unhealthy: above 1.2 for several measurements on full batches while the loss rises.
+Unhealthy: above 1.5 for several measurements on full batches while the loss rises.
 
 Source: Cohen et al. (2021, 2022), arXiv 2103.00065 and 2207.14484.
 """

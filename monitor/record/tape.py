@@ -11,6 +11,7 @@ run's.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,18 @@ class _Made:
 class _Held:
     """A parameter, looked up where the module holds it at the time of the replay."""
 
-    module: nn.Module
+    module: weakref.ref[nn.Module]
     key: str
+
+
+@dataclass(frozen=True)
+class _Root:
+    """A root module, called again; a tape that is kept must not keep a model that its user has dropped."""
+
+    module: weakref.ref[nn.Module]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _alive(self.module)(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Tape:
         self._end: _Made | None = None
         self._gradient: Any = None
         self._held = {
-            id(p): _Held(m, key)
+            id(p): _Held(weakref.ref(m), key)
             for model in models
             for m in model.modules()
             for key, p in m._parameters.items()
@@ -93,7 +104,7 @@ class Tape:
 
     def root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A root module was called."""
-        self._note(unwrap(module), args, kwargs, output, grad=True)
+        self._note(_Root(weakref.ref(unwrap(module))), args, kwargs, output, grad=True)
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A torch function was called outside the root modules."""
@@ -186,12 +197,19 @@ class Tape:
         return x if known is None else known
 
 
+def _alive(module: weakref.ref[nn.Module]) -> nn.Module:
+    found = module()
+    if found is None:
+        raise RuntimeError("the model on this tape is gone")
+    return found
+
+
 def _filled(given: Any, made: list[list[Tensor]]) -> Any:
     def fill(x: Any) -> Any:
         if isinstance(x, _Made):
             return made[x.call][x.leaf]
         if isinstance(x, _Held):
-            return x.module._parameters[x.key]
+            return _alive(x.module)._parameters[x.key]
         return x
 
     return tree_map(fill, given)

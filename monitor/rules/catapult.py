@@ -69,7 +69,7 @@ RULE = Rule(
     ),
     params=(
         Param("ratio", 1.3, "of the edge", f"{PAPER}; {CALIBRATION}"),
-        Param("below", 1.2, "of the edge", "as above_edge_of_stability"),
+        Param("below", 1.2, "of the edge", CALIBRATION),
         Param("flatter", 0.8, "of the ratio before", CALIBRATION),
         Param("rise", 1.3, "of the loss before", CALIBRATION),
         Param("measurements", 10, "measurements", "own choice"),

@@ -27,19 +27,19 @@ FALLING = [2.0 - 0.1 * i for i in range(10)]
 
 CASES = (
     # the measurement at step 0 has no earlier one, and only one fingerprint
-    Case("above the edge and rising", measured([1.5] * 10, RISING), (("", 10),), "warning"),
-    Case("above from the fifth measurement on", measured([1.0] * 5 + [1.3] * 5, RISING), (("", 50),)),
+    Case("above the edge and rising", measured([1.6] * 10, RISING), (("", 10),), "warning"),
+    Case("above from the fifth measurement on", measured([1.0] * 5 + [1.7] * 5, RISING), (("", 50),)),
     Case("another batch every step: the ratio of one batch says nothing", measured([3.0] * 10, RISING, OTHERS)),
     Case(
         "one batch from step 40 on: ten steps of it are needed",
         measured([3.0] * 10, RISING, OTHERS[:40] + ONE[:60]),
         (("", 50),),
     ),
-    Case("near miss: near the edge", measured([1.19] * 10, RISING)),
+    Case("near miss: overshooting the edge, as on the way to it", measured([1.3] * 10, RISING)),
     Case("near miss: above it, and the loss falls", measured([1.6] * 10, FALLING)),
-    Case("near miss: two measurements", measured([1.0] * 4 + [1.5] * 2 + [1.0] * 4, RISING)),
-    Case("near miss: every second loss falls", measured([1.5] * 10, [1.0, 2.0] * 5)),
-    Case("gaps", measured([1.0, None] * 3 + [1.5, 1.5, 1.5, 1.5], RISING), (("", 60),)),
+    Case("near miss: two measurements", measured([1.0] * 4 + [1.6] * 2 + [1.0] * 4, RISING)),
+    Case("near miss: every second loss falls", measured([1.6] * 10, [1.0, 2.0] * 5)),
+    Case("gaps", measured([1.0, None] * 3 + [1.6] * 4, RISING), (("", 60),)),
     Case("constant", measured([1.0] * 10, [1.0] * 10)),
     Case(
         "non-finite: an infinite ratio counts, NaN is no ratio",
