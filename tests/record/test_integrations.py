@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", init_method=sys.argv[3], rank=int(os.environ["RANK"]), world_size=2)
 rank = dist.get_rank()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5))
@@ -55,17 +55,17 @@ dist.destroy_process_group()
 """
 
 
-TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+TWO = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
 
 
 def two_processes(tmp_path: Path, kind: str, run: str) -> list[str]:
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    port = str(20000 + os.getpid() % 20000 + (1 if run != "-" else 0))
+    meeting = tmp_path / f"{kind}-{Path(run).name}"  # a file, since any port may be taken
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), kind, run],
-            env=os.environ | {"RANK": str(r), "MASTER_PORT": port} | TWO,
+            [sys.executable, str(script), kind, run, f"file://{meeting}"],
+            env=os.environ | {"RANK": str(r)} | TWO,
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for r in range(2)
