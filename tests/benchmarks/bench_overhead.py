@@ -197,7 +197,7 @@ def bandwidth() -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", choices=[*WORKLOADS, []], default=list(WORKLOADS))
+    parser.add_argument("names", nargs="*", default=list(WORKLOADS), metavar="name", help=", ".join(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=0)
     a = parser.parse_args()
     torch.set_num_threads(1)
