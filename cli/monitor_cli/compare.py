@@ -55,7 +55,8 @@ def _opened(paths: list[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
         RunFormatError: if a path holds no run, or is one that cannot be read.
         UsageError: if there are not two different runs.
     """
-    from monitor.store.run import find_runs, open_run
+    from monitor.store.find import find_runs
+    from monitor.store.run import open_run
 
     opened: dict[Path, Run] = {}
     unreadable: list[tuple[Path, str]] = []

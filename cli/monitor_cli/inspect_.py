@@ -70,7 +70,8 @@ def inspect(
 
 def _choose(path: Path) -> tuple[Run, list[Path]]:
     """The run at ``path``, or the newest readable one of a folder with all that are there, newest first."""
-    from monitor.store.run import find_runs, open_run
+    from monitor.store.find import find_runs
+    from monitor.store.run import open_run
 
     if not path.is_dir():
         raise RunFormatError(f"{path} is no folder; give a run or a folder of runs")

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from monitor.diagnosis.comparison import CALIBRATION, HOLD, LOGIT_LIMIT, Comparison, Departure, Difference, Parting, Row
 from monitor.diagnosis.text import number, plain
-from monitor.store.run import SeriesSummary
+from monitor.store.summary import SeriesSummary
 from monitor_cli.render import FEW, MANY, NONFINITE, Frame, badge, caption, labelled, spark
 
 #: Runs that get a column of their own in the table of what differs; of more, each distinct value is counted.

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from monitor.diagnosis.finding import Finding, Verdict
 from monitor.metric import load_metrics
 from monitor.rule import Param, Rule, load_rules
-from monitor.store.run import Run, SeriesSummary
+from monitor.store.run import Run
+from monitor.store.summary import SeriesSummary
 
 #: The column whose curve heads the screen.
 CURVE = "loss.value"

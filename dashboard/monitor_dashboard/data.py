@@ -20,7 +20,8 @@ from monitor.diagnosis.finding import Verdict
 from monitor.diagnosis.phases import Phases, phases
 from monitor.errors import RunFormatError
 from monitor.metric import SITES, Block, Metric, load_metrics
-from monitor.store.run import Run, find_runs, open_run
+from monitor.store.find import find_runs
+from monitor.store.run import Run, open_run
 from monitor_dashboard import sampling
 from monitor_dashboard.sampling import Floats, Grid, Line
 

@@ -16,14 +16,15 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from monitor.block import ColumnBlock, RawBlock, Steps, apply
 from monitor.errors import MetricError, RunFormatError, UsageError
-from monitor.metric import Array, Block, Mask, Metric, load_metrics
+from monitor.metric import Array, Block, Metric, load_metrics
 from monitor.store import layout
+from monitor.store.dense import aligned, dense, stacked
+from monitor.store.find import find_runs
 from monitor.store.parts import (
     UNREADABLE,
     Ids,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
     from monitor.diagnosis.finding import Finding, Incident, Verdict
 
-_DEPTH = 3  # of folders in which runs are looked for
 _SHOWN = 5  # names in an error
 
 
@@ -498,8 +498,8 @@ class Run:
         place = np.full(len(self._names), -1, dtype=np.intp)
         place[list(wanted)] = list(wanted.values())
         read = self._points(np.array(list(wanted), dtype=np.int32), first, last, attempt)
-        chunks = [_dense(p, place, len(names)) for p in read if len(p.series)]
-        steps, values, has = _stacked(chunks, len(names))
+        chunks = [dense(p, place, len(names)) for p in read if len(p.series)]
+        steps, values, has = stacked(chunks, len(names))
         return Block(steps, names, {ref: values}, {ref: has})
 
     def _derived(
@@ -586,89 +586,6 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     if not (folder / layout.RUN_JSON).exists() and (runs := find_runs(folder)):
         raise RunFormatError(f"{str(path)!r} holds {len(runs)} runs, expected one; name it: {_some(map(str, runs))}")
     return Run(folder)
-
-
-def find_runs(path: str | os.PathLike[str]) -> list[Path]:
-    """The run folders at or below ``path``, the one started or resumed last first.
-
-    Args:
-        path: a run, a folder of runs, or a folder of such folders; links are not followed.
-    """
-    found: list[Path] = []
-    level = [Path(path)]
-    for _ in range(_DEPTH + 1):
-        below: list[Path] = []
-        for folder in level:
-            with suppress(OSError):  # a folder that may not be read holds no run for us
-                if (folder / layout.RUN_JSON).is_file():
-                    found.append(folder)
-                    continue
-                with os.scandir(folder) as entries:
-                    below += [folder / e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[:1] != "."]
-        level = below
-    return sorted(sorted(found), key=_begun, reverse=True)
-
-
-def _begun(folder: Path) -> tuple[str, float]:
-    try:
-        started = layout.read_info(folder)["attempts"][-1]["started"]
-        return started, (folder / layout.RUN_JSON).stat().st_mtime
-    except (RunFormatError, IndexError, OSError):
-        return "", 0.0
-
-
-def aligned(blocks: Mapping[str, Block]) -> Block:
-    """Blocks of one name each as one block: over all their steps, and the modules that each of them has.
-
-    Args:
-        blocks: name -> a block with that name.
-    """
-    first = next(iter(blocks.values()))
-    modules = tuple(m for m in first.modules if all(m in b.modules for b in blocks.values()))
-    steps = np.unique(np.concatenate([b.steps for b in blocks.values()]))
-    values: dict[str, Array] = {}
-    has: dict[str, Mask] = {}
-    for name, b in blocks.items():
-        columns = [b.modules.index(m) for m in modules]
-        values[name] = np.full((len(steps), len(modules)), np.nan)
-        has[name] = np.zeros(values[name].shape, dtype=np.bool_)
-        rows = np.searchsorted(steps, b.steps)
-        values[name][rows], has[name][rows] = b[name][:, columns], b.has(name)[:, columns]
-    return Block(steps, modules, values, has)
-
-
-def _stacked(chunks: Sequence[tuple[Steps, Array, Mask]], width: int) -> tuple[Steps, Array, Mask]:
-    """What `_dense` made of several parts as one; of two values for the same step the later part's stays."""
-    if not chunks:
-        return np.zeros(0, np.int64), np.zeros((0, width)), np.zeros((0, width), dtype=np.bool_)
-    steps = np.concatenate([c[0] for c in chunks])
-    if (np.diff(steps) > 0).all():  # parts follow one another, unless somebody meddled with them
-        return steps, np.concatenate([c[1] for c in chunks]), np.concatenate([c[2] for c in chunks])
-    steps = np.unique(steps)
-    values, has = np.full((len(steps), width), np.nan), np.zeros((len(steps), width), dtype=np.bool_)
-    for at, some, mask in chunks:
-        rows = np.searchsorted(steps, at)
-        values[rows] = np.where(mask, some, values[rows])
-        has[rows] |= mask
-    return steps, values, has
-
-
-def _dense(points: Points, place: npt.NDArray[np.intp], width: int) -> tuple[Steps, Array, Mask]:
-    """Rows of one part as ``(step, module)``; ``place`` says which column a series has."""
-    begins = np.flatnonzero(np.diff(points.series, prepend=-1))
-    height = len(points.series) // len(begins)
-    table = points.steps.reshape(len(begins), height) if height * len(begins) == len(points.series) else None
-    even = table is not None and np.array_equal(begins, np.arange(len(begins)) * height)
-    if table is not None and even and (table == table[0]).all() and (np.diff(table[0]) > 0).all():
-        # the usual case, every series at the same steps, needs no search
-        steps, columns = table[0], place[points.series[begins]]
-        at, recorded = (slice(None), columns), points.values.reshape(table.shape).T
-    else:
-        steps, recorded = np.unique(points.steps), points.values
-        at = np.searchsorted(steps, points.steps), place[points.series]
-    values, has = np.full((len(steps), width), np.nan), np.zeros((len(steps), width), dtype=np.bool_)
-    values[at], has[at] = recorded, True
-    return steps, values, has
 
 
 def _split(ref: str) -> tuple[str, str]:

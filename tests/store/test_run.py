@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import monitor.diagnosis.report as report_module
 from monitor.diagnosis.finding import Finding, Incident, Verdict
 from monitor.errors import RunFormatError, UsageError
-from monitor.store.run import Run, find_runs, open_run
+from monitor.store.find import find_runs
+from monitor.store.run import Run, open_run
 from monitor.store.writer import RunWriter
 from tests.store.kit import Recorder, make_layout, read_back, same, series_of, value_at
 
