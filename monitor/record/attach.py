@@ -113,7 +113,8 @@ class Handle:
         if not say:
             return
         if recorder.rows == 0:
-            to_stderr(f"no optimizer step was seen; {flusher.writer.path} is empty")
+            why = "no step of a torch optimizer was seen (parameters changed by hand are no steps)"
+            to_stderr(f"{why}; {flusher.writer.path} is empty")
             return
         if not complete:
             to_stderr(f"the disk is too slow to finish now; nothing is lost, {flusher.writer.path} keeps the tail")

@@ -26,6 +26,7 @@ from torch.optim.optimizer import (
 )
 
 from monitor.errors import MonitorWarning
+from monitor.record.copies import WithoutHooks
 from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.followed import Followed, children_called
@@ -172,6 +173,7 @@ class Recorder:
         before, after = _Before(self), _After(self)
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        self._hooks.append(WithoutHooks(module, (before, after)))
 
     def prefix(self, module: nn.Module) -> str:
         """What distinguishes the arguments of one hooked module from those of the others; empty for the first root."""
@@ -550,7 +552,7 @@ def _transformed() -> bool:
 
 
 class _Stays:
-    """A hook that stays behind when its module is copied or saved: in its place the copy gets one that does nothing.
+    """A hook for which, where a module copies or saves itself in a way of its own, one stands that does nothing.
 
     What stands there is of the standard library, so that a saved model loads where there is no monitor.
     """

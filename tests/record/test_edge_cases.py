@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import subprocess
 import sys
 import threading
@@ -101,6 +102,45 @@ def _saved(model: nn.Module) -> io.BytesIO:
     assert b"monitor" not in file.getvalue()  # so that it loads where there is none
     file.seek(0)
     return file
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_recorded_model_is_saved_as_if_it_were_not(closed: bool, tmp_path: Path) -> None:
+    """Oracle: invariance. The same names are needed to load it, and it holds the user's hooks and no others."""
+
+    def saved(record: bool) -> bytes:
+        model = mlp()
+        model.register_forward_pre_hook(_mine, with_kwargs=True)
+        handle = monitor.attach(model, tmp_path / "run") if record else None
+        train(model, 3)
+        if handle is not None and closed:
+            handle.close()
+        return pickle.dumps(model, 2)
+
+    def needed(data: bytes) -> set[object]:
+        return {name for op, name, _ in pickletools.genops(data) if op.name == "GLOBAL"}
+
+    ours, plain = saved(True), saved(False)
+    assert needed(ours) == needed(plain)
+    assert list(vars(pickle.loads(ours))) == list(vars(pickle.loads(plain)))
+    model = pickle.loads(ours)
+    assert list(model._forward_pre_hooks.values()) == [_mine]
+    assert len(model._forward_pre_hooks_with_kwargs) == 1
+    assert not model._forward_hooks and not model._forward_hooks_always_called
+
+
+def test_a_recorded_model_loads_with_weights_only(tmp_path: Path) -> None:
+    """Oracle: independent library. What torch lets through for a plain model it lets through for a recorded one."""
+    model = mlp()
+    with monitor.attach(model, tmp_path / "run"):
+        train(model, 3)
+        file = _saved(model)
+    with torch.serialization.safe_globals([nn.Sequential, nn.Linear, nn.ReLU]):
+        assert torch.equal(torch.load(file, weights_only=True).state_dict()["2.bias"], model.state_dict()["2.bias"])
+
+
+def _mine(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, object]) -> None:
+    """A hook of the user's."""
 
 
 def test_made_on_no_device_and_filled_later(tmp_path: Path) -> None:
