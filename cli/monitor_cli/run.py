@@ -22,6 +22,9 @@ def run(
         Path | None,
         typer.Option("--run-dir", metavar="DIR", help="Where to record. Default: runs/<script>-<time>."),
     ] = None,
+    curvature: Annotated[
+        bool, typer.Option("--curvature", help="Measure the loss's curvature too, in at most 5 % of the time.")
+    ] = False,
 ) -> None:
     """Run a training script unmodified and record it.
 
@@ -35,4 +38,4 @@ def run(
         raise typer.Exit(USAGE)
     from monitor.record.launcher import run_script
 
-    raise typer.Exit(run_script(script, args or [], run_dir))
+    raise typer.Exit(run_script(script, args or [], run_dir, curvature))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from monitor.probes.curvature import Curvature
 from monitor.record.attach import _OPEN, Handle, begin, close_all
 from monitor.record.flush import to_stderr
 from monitor.record.followed import find_models
+from monitor.record.probe import Probe
 
 
 class _Finder:
     """Finds the model of a script nobody told us about: the first module called to train, or the optimizer's."""
 
-    def __init__(self, run_dir: Path | None) -> None:
+    def __init__(self, run_dir: Path | None, probes: Sequence[Probe]) -> None:
         self._run_dir = run_dir
+        self._probes = probes
         self._handle: Handle | None = None
         self._hooks: list[Any] = [
             register_module_forward_pre_hook(self._called),
@@ -57,7 +61,7 @@ class _Finder:
             self._handle = next(iter(_OPEN.values()))
             return
         try:
-            self._handle = begin(models, self._run_dir, follow_all=True)
+            self._handle = begin(models, self._run_dir, probes=self._probes, follow_all=True)
         except Exception as e:
             to_stderr(f"cannot record: {type(e).__name__}: {e} (training goes on)")
 
@@ -68,7 +72,7 @@ class _Finder:
         self._hooks.clear()
 
 
-def run_script(script: Path, argv: list[str], run_dir: Path | None) -> int:
+def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool = False) -> int:
     """Run ``script`` as ``python script argv…`` would, recording what it trains.
 
     The model is the outermost module of the first training call; models of further optimizers are found from their
@@ -78,11 +82,12 @@ def run_script(script: Path, argv: list[str], run_dir: Path | None) -> int:
         script: an existing Python file.
         argv: its arguments.
         run_dir: folder to write; default ``runs/<script>-<time>``.
+        curvature: measure the curvature of the training loss too, as `monitor.attach` does with "auto".
 
     Returns:
         The exit status the script would have had by itself.
     """
-    finder = _Finder(run_dir)
+    finder = _Finder(run_dir, [Curvature()] if curvature else [])
     sys.argv = [str(script), *argv]
     sys.path[0] = str(script.resolve().parent)
     error: BaseException | None = None
