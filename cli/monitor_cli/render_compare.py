@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,19 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from monitor.diagnosis.comparison import CALIBRATION, HOLD, LOGIT_LIMIT, Comparison, Departure, Difference, Parting, Row
+from monitor.diagnosis.comparison import (
+    CALIBRATION,
+    LOGIT_LIMIT,
+    Comparison,
+    Difference,
+    Parting,
+    Row,
+    apart,
+    first_of_each,
+    logged_in,
+    same,
+    stays,
+)
 from monitor.diagnosis.text import number, plain
 from monitor.store.summary import SeriesSummary
 from monitor_cli.render import FEW, MANY, NONFINITE, Frame, badge, caption, labelled, spark
@@ -22,8 +33,6 @@ COLUMNS = 4
 #: Logged values that get a column in the table of runs, those of validation first.
 LOGGED = 2
 NAME, FACT = 18, 28
-
-_VALIDATION = ("val", "eval", "test")
 
 
 def screen(
@@ -52,7 +61,7 @@ def screen(
 
 def _table(found: Comparison, unreadable: Sequence[tuple[Path, str]], everything: bool) -> RenderableType:
     rows = found.rows if everything else found.rows[:MANY]
-    logged = _logged(found.rows, everything)
+    logged = logged_in(found.rows, 0.0 if everything else 0.5)[: None if everything else LOGGED]
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True)
@@ -85,13 +94,6 @@ def _table(found: Comparison, unreadable: Sequence[tuple[Path, str]], everything
         for path, why in (unreadable if everything else unreadable[:FEW])
     ]
     return Group(grid, *below)
-
-
-def _logged(rows: Sequence[Row], everything: bool) -> list[str]:
-    """What scripts logged, what was measured on other data first; without ``everything``, what most runs have."""
-    counted = Counter(m for row in rows for m in row.logged)
-    several = sorted(counted, key=lambda m: (not m.lower().startswith(_VALIDATION), -counted[m]))
-    return several if everything else [m for m in several if 2 * counted[m] >= len(rows)][:LOGGED]
 
 
 def _differs(found: Comparison, everything: bool) -> RenderableType | None:
@@ -170,19 +172,9 @@ def _parting(found: Comparison, p: Parting, everything: bool) -> RenderableType:
         (plain(found.rows[p.run].name, NAME), "bold"), " against ", (plain(found.rows[0].name, NAME), "bold")
     )
     rows: list[tuple[RenderableType, RenderableType]] = []
-    if not p.series:
-        rows.append((caption("aligned"), Text("no series at common steps: nothing to lay over each other")))
-        return Group(title, labelled(rows))
-    span = f"steps {p.first_step:,} to {p.last_step:,}" if p.first_step != p.last_step else f"step {p.first_step:,}"
+    rows.append((caption("same" if p.series else "aligned"), Text(same(p))))
     if not p.first:
-        rows.append((caption("same"), Text(f"identical in all {p.series:,} series, {span}")))
         return Group(title, labelled(rows))
-    if p.identical_until is None:
-        rows.append((caption("same"), Text(f"different from the start ({p.series:,} series, {span})")))
-    else:
-        rows.append(
-            (caption("same"), Text(f"identical until step {p.identical_until:,} ({p.series:,} series, {span})"))
-        )
     rows.append((caption("first"), _series(p.first, everything)))
     if p.start:
         rows.append((caption("outside"), Text(f"{len(p.start):,} of {p.judged:,} series from the start", "dim")))
@@ -193,30 +185,19 @@ def _parting(found: Comparison, p: Parting, everything: bool) -> RenderableType:
         if p.identical_until is None:
             rows.append(("", Text(CALIBRATION, "dim")))
     else:
-        judged = p.judged - len(p.start)
-        least = f"none of {judged:,} series leaves the noise band later, for {HOLD} points" if judged else ""
-        rows.append(
-            (caption("parts"), Text(least or f"fewer than {HOLD} common points: too few for a noise band", "dim"))
-        )
+        rows.append((caption("parts"), Text(stays(p), "dim")))
     return Group(title, labelled(rows))
 
 
 def _series(several: Sequence[Difference], everything: bool) -> RenderableType:
     """Series a line each: where, and how far apart; the first of each metric and the number of others."""
-    first: dict[str, Difference] = {}
-    for d in several:
-        first.setdefault(d.ref.partition(".")[0], d)
-    shown = several if everything else list(first.values())[:FEW]
+    shown = several if everything else first_of_each(several)[:FEW]
     grid = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(3):
         grid.add_column(no_wrap=True)
     grid.add_column()
     for d in shown:
-        if isinstance(d, Departure) and not math.isnan(d.low):
-            apart = f"{number(d.value)}, band {number(d.low)} to {number(d.high)}"
-        else:
-            apart = f"{number(d.value)} against {number(d.reference)}"
-        grid.add_row(f"step {d.step:,}", d.ref, plain(d.module, NAME), Text(apart, "dim"))
+        grid.add_row(f"step {d.step:,}", d.ref, plain(d.module, NAME), Text(apart(d), "dim"))
     hidden = len(several) - len(shown)
     return Group(grid, Text(f"… and {hidden:,} more series", "dim")) if hidden else grid
 

@@ -55,12 +55,11 @@ def _draw(page: Page) -> bool:
         )  # fmt: skip
     view = data.view(runs[name])
     state.html(markup.head(view.run))
-    live = False
-    if view.run.is_live:
-        with switch.container(horizontal_alignment="right"):
-            live = st.toggle("follow the run", value=True, key=Key.LIVE, bind="query-params")
-    page.render(view)
-    return live
+    others_live = page.render(view)
+    if not (view.run.is_live or others_live):
+        return False
+    with switch.container(horizontal_alignment="right"):
+        return st.toggle("follow the run", value=True, key=Key.LIVE, bind="query-params")
 
 
 if __name__ == "__main__":

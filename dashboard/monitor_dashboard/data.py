@@ -5,8 +5,9 @@ Everything drawn comes from `monitor.store` and `monitor.diagnosis`; nothing is 
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import RLock
@@ -16,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import streamlit as st
 
+from monitor.diagnosis.comparison import Comparison, Parting, compare, noise_band, parting
 from monitor.diagnosis.finding import Verdict
-from monitor.diagnosis.phases import Phases, phases
+from monitor.diagnosis.phases import LogTime, Phases, log_distance, phases
 from monitor.errors import RunFormatError
 from monitor.metric import SITES, Block, Metric, load_metrics
 from monitor.store.find import find_runs
@@ -98,6 +100,7 @@ class View:
         self._cells: dict[_Key, _Cells] = before._cells if before else {}
         self.line = lru_cache(maxsize=256)(self._line)
         self.grid = lru_cache(maxsize=16)(self._grid)
+        self.noise = lru_cache(maxsize=16)(self._noise)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -117,16 +120,27 @@ class View:
             return phases(self.run)
 
     @cached_property
+    def log_distance(self) -> LogTime | None:
+        """How the distance from the start grows with the logarithm of the steps; None if it was not recorded."""
+        with self._lock:
+            return log_distance(self.run)
+
+    @cached_property
     def warnings(self) -> list[str]:
         """What could not be recorded or read."""
         with self._lock:
             return self.run.warnings
 
     @cached_property
+    def refs(self) -> list[str]:
+        """Every column that was recorded, or can be computed, as ``"metric.column"``."""
+        with self._lock:
+            return self.run.refs()
+
+    @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The metrics that were recorded, or can be computed from those that were, by id."""
-        with self._lock:
-            refs = set(self.run.refs())
+        refs = set(self.refs)
         return {m.id: m for m in load_metrics().values() if main_column(m) in refs and self.modules(main_column(m))}
 
     def plotted(self, kind: Literal["line", "heatmap"]) -> list[Metric]:
@@ -156,6 +170,14 @@ class View:
             block = self.run.block(ref, [module], first, last)
         has = block.has(ref)[:, 0]
         return sampling.line(block.steps[has], block[ref][has, 0], log=log)
+
+    def _noise(self, ref: str, module: str, first: int, last: int, log: bool) -> tuple[Line, Line] | None:
+        with self._lock:
+            steps, low, high = noise_band(self.run, ref, module)
+        shown = (steps >= first) & (steps <= last)
+        if not shown.any():
+            return None
+        return sampling.line(steps[shown], low[shown], log=log), sampling.line(steps[shown], high[shown], log=log)
 
     def _grid(self, ref: str, first: int, last: int, only: tuple[str, ...] = ()) -> Grid:
         modules = only or self.modules(ref)
@@ -232,3 +254,35 @@ def view(path: Path) -> View:
         RunFormatError: if there is no readable run.
     """
     return _view(str(path), stamp(path))
+
+
+def mark(view: View) -> Hashable:
+    """Differs when a comparison with a run is to be made anew: when it has changed, or grown by a tenth while written.
+
+    What is compared is read whole, which nobody wants every two seconds.
+    """
+    run = view.run
+    if run.is_live:
+        return run.attempts, int(math.log(run.steps + 1, 1.1))
+    return stamp(run.path)
+
+
+# run folders are opened anew: a view may be read by another session meanwhile
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _compared(paths: tuple[str, ...], marks: tuple[Hashable, ...]) -> Comparison:
+    return compare([open_run(Path(path)) for path in paths], pairs=0)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _laid_over(first: str, other: str, marks: tuple[Hashable, Hashable]) -> Parting:
+    return parting(open_run(Path(first)), open_run(Path(other)))
+
+
+def compared(views: Sequence[View]) -> Comparison:
+    """Runs side by side, the first being the reference, without where they part."""
+    return _compared(tuple(str(v.run.path) for v in views), tuple(mark(v) for v in views))
+
+
+def laid_over(first: View, other: View) -> Parting:
+    """Where ``other`` parts from ``first``."""
+    return _laid_over(str(first.run.path), str(other.run.path), (mark(first), mark(other)))

@@ -8,7 +8,7 @@ itself is lost when the data change. Dragging selects steps; what follows from i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,30 @@ from monitor_dashboard.theme import Palette
 GUTTER, RIGHT = 196, 14
 _AXIS = 34
 _FONT = '"Source Sans", sans-serif'
+#: Characters of the gutter beside the labels of an axis; a unit longer than `_UNIT` stands once, in the caption.
+_ROOM, _UNIT = 26, 8
+#: Rows of the map of spectral densities.
+_CELLS = 75
 #: What every chart is given: the tool bar would offer a second zoom, which does not survive new data.
 CONFIG: dict[str, Any] = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A band between two lines, drawn behind all others; its low and its high edge come from reduced lines."""
+
+    low: Line
+    high: Line
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of the line ``name`` to be seen; ``text`` is what hovering shows. Both are plain text."""
+
+    name: str
+    step: int
+    value: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,8 @@ class Panel:
         lines: name -> line, plain text.
         log: logarithmic scale.
         height: pixels.
+        envelope: a band around the first line.
+        marks: points of its lines.
     """
 
     title: str
@@ -47,6 +71,8 @@ class Panel:
     lines: dict[str, Line]
     log: bool
     height: int
+    envelope: Envelope | None = None
+    marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,29 +216,58 @@ def lines(panels: Sequence[Panel], pins: Sequence[Pin], window: tuple[int, int],
 def _panel(sheet: _Sheet, panel: Panel, axis: str, domain: tuple[float, float]) -> None:
     p = sheet.p
     limits = _range([v for line in panel.lines.values() for v in (line.low, line.high)], panel.log)
+    if panel.envelope is not None:  # a band that is far wider than the lines would flatten them
+        low, high = _range([panel.envelope.low.low, panel.envelope.high.high], panel.log)
+        more = 0.25 * (limits[1] - limits[0])
+        limits = max(min(low, limits[0]), limits[0] - more), min(max(high, limits[1]), limits[1] + more)
+    at, words = scale(*limits, log=panel.log, room=max(3, panel.height // 40))
     sheet.layout[f"yaxis{axis[1:]}"] = {
         "domain": domain, "range": limits, "type": "log" if panel.log else "linear", "fixedrange": True,
-        "gridcolor": p.border, "zeroline": False, "nticks": max(3, panel.height // 40), "exponentformat": "power",
+        "gridcolor": p.border, "zeroline": False, "tickvals": at, "ticktext": words,
         "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
     }  # fmt: skip
     top = domain[1]
-    caption = html_lines(panel.caption, 27)
+    unit = panel.unit if len(panel.unit) <= _UNIT else ""
+    caption = html_lines(panel.caption if unit == panel.unit else f"{panel.caption}, {panel.unit}", 27)
     below = 34 + 13 * caption.count("<br>")
     sheet.gutter(top, 0, f"<b>{html(panel.title, 24)}</b>", p.text, 13)
     sheet.gutter(top, 17, caption, p.faded, 11)
+    if panel.envelope is not None:
+        _envelope(sheet, panel.envelope, axis, p.lines[0])
     for n, (name, line) in enumerate(panel.lines.items()):
         colour = p.lines[n % len(p.lines)]
         label = _template(html(f"{panel.title} {name}", 40))
         _line(sheet, line, label, axis, colour)
         _odd(sheet, line, label, axis, limits, panel.log)
-        row = f"{html(name, 16)}  <b>{number(line.last) if line.count else '–'}</b> {html(panel.unit, 12)}"
+        value = number(line.last) if line.count else "–"
+        row = f"{html(name, max(8, _ROOM - 3 - len(value) - len(unit)))}  <b>{value}</b> {html(unit)}"
         if below + 15 * n < panel.height - 10:
             sheet.gutter(top, below + 15 * n, row, colour, 12)
+
+    names = list(panel.lines)
+    for mark in panel.marks:
+        sheet.line(
+            x=[mark.step], y=[mark.value], yaxis=axis, mode="markers",
+            marker={
+                "symbol": "circle", "size": 9, "color": p.surface,
+                "line": {"width": 2, "color": p.lines[names.index(mark.name) % len(p.lines)]},
+            },
+            hovertemplate=f"{_template(html_lines(mark.text))}<extra></extra>",
+        )  # fmt: skip
+
+
+def _envelope(sheet: _Sheet, found: Envelope, axis: str, colour: str) -> None:
+    both = ~(np.isnan(found.low.low) | np.isnan(found.high.high))
+    x, y = _outline(found.low.steps, np.where(both, found.low.low, np.nan), found.high.high)
+    sheet.line(
+        x=x, y=y, yaxis=axis, mode="lines", fill="toself", fillcolor=_fade(colour, 0.13), hoverinfo="skip",
+        line={"color": _fade(colour, 0.3), "width": 0.5},
+    )  # fmt: skip
 
 
 def _line(sheet: _Sheet, line: Line, label: str, axis: str, colour: str) -> None:
     if line.reduced:
-        x, y = _band(line)
+        x, y = _outline(line.steps, line.low, line.high)
         # its thin edge keeps one-step extremes visible
         sheet.line(
             x=x, y=y, yaxis=axis, mode="lines", fill="toself", fillcolor=_fade(colour, 0.22), hoverinfo="skip",
@@ -235,13 +290,13 @@ def _line(sheet: _Sheet, line: Line, label: str, axis: str, colour: str) -> None
         )  # fmt: skip
 
 
-def _band(line: Line) -> tuple[Floats, Floats]:
-    """The outline of a reduced line: along its top and back along its bottom, a polygon for each piece between gaps."""
-    solid = np.flatnonzero(~np.isnan(line.high))
+def _outline(steps: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """Along the top and back along the bottom, a polygon for each piece between gaps, which are NaN in ``low``."""
+    solid = np.flatnonzero(~np.isnan(low))
     x, y = [], []
     for piece in np.split(solid, np.flatnonzero(np.diff(solid) > 1) + 1):
-        x += [line.steps[piece], line.steps[piece[::-1]], [np.nan]]
-        y += [line.high[piece], line.low[piece[::-1]], [np.nan]]
+        x += [steps[piece], steps[piece[::-1]], [np.nan]]
+        y += [high[piece], low[piece[::-1]], [np.nan]]
     return np.concatenate(x)[:-1], np.concatenate(y)[:-1]
 
 
@@ -390,7 +445,7 @@ def head_map(heads: Heads, caption: str, selected: str, p: Palette, *, log: bool
     every = max(1, -(-layers * 12 // height))
     sheet.layout["yaxis"] = {
         "range": [layers - 0.5, -0.5], "tickvals": np.arange(layers)[::every], "fixedrange": True,
-        "ticktext": [html(name, 28) for name in heads.layers][::every], "showgrid": False,
+        "ticktext": [html(name, 28) for name in heads.layers][::every], "showgrid": False, "ticks": "",
         "zeroline": False, "tickfont": {"size": 11, "color": p.text}, "ticklabelstandoff": 4,
     }  # fmt: skip
     sheet.xaxis |= {"range": [-0.5, widest - 0.5], "tickprefix": "head ", "dtick": max(1, -(-widest // 16)), "tick0": 0}
@@ -472,7 +527,7 @@ def heat_map(
     sheet.layout["yaxis"] = {
         "range": [rows - 0.5, -0.5], "tickvals": y[::every], "ticktext": labels[::every], "fixedrange": True,
         "tickfont": {"size": 11 if rows * 14 <= height else 10, "color": p.text}, "showgrid": False, "zeroline": False,
-        "ticklabelstandoff": 4,
+        "ticks": "", "ticklabelstandoff": 4,
     }  # fmt: skip
     sheet.gutter(1, -22, html(caption, 36), p.faded, 11)
     sheet.layout |= {"hovermode": "closest", "hoverdistance": -1}
@@ -480,9 +535,10 @@ def heat_map(
 
 
 def spectra(found: Spectra, caption: str, unit: str, window: tuple[int, int], p: Palette) -> go.Figure:
-    """Nodes of spectral densities over steps, coloured by the logarithm of their weights.
+    """Spectral densities over steps: the share of all eigenvalues in each cell, coloured by its logarithm.
 
-    The scale is linear up to a ten-thousandth of the largest node and logarithmic beyond, on both sides of zero.
+    The scale is linear up to a ten-thousandth of the largest node and logarithmic beyond, on both sides of zero. A
+    column is as wide as the step at which the next one was measured is away; the nodes themselves are told on hovering.
 
     Args:
         found: at least one node.
@@ -499,38 +555,132 @@ def spectra(found: Spectra, caption: str, unit: str, window: tuple[int, int], p:
     def up(x: Floats) -> Floats:
         return np.sign(x) * np.log10(1 + np.abs(x) / unit_height)
 
-    shade = np.log10(np.maximum(found.weights, 1e-12))
+    lowest, highest = up(np.array([min(0.0, found.nodes.min()), max(0.0, found.nodes.max())])).tolist()
+    ends = lowest - 0.25, highest + 0.25
+    measured, column = np.unique(found.steps, return_inverse=True)
+    width = float(np.median(np.diff(measured))) if len(measured) > 1 else max(1.0, 0.05 * (window[1] - window[0]))
+    rows = np.linspace(*ends, _CELLS + 1)
+    row = np.clip(np.searchsorted(rows, up(found.nodes), side="right") - 1, 0, _CELLS - 1)
+    share = np.zeros((_CELLS, len(measured)))
+    np.add.at(share, (row, column), found.weights)
+    shade = np.log10(np.where(share > 0, np.maximum(share, 1e-12), np.nan))
     low, high = _span(shade)
     ticks, words = _ticks(low, high, log=True)
     colours = p.scale[2:]  # a single outlier must be seen, however little it weighs
+    sheet.traces.append({
+        "type": "heatmap", "x": np.append(measured, measured[-1] + width), "y": rows, "z": shade.astype(np.float32),
+        "zmin": low, "zmax": high, "hoverinfo": "skip",
+        "colorscale": [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)],
+        "colorbar": {
+            "orientation": "h", "thickness": 6, "len": 0.3, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
+            "tickvals": ticks, "ticktext": words, "tickfont": {"size": 10, "color": p.faded}, "outlinewidth": 0,
+            "ypad": 8, "xpad": 0, "ticklabelposition": "outside top",
+        },
+    })  # fmt: skip
     told = [f"{number(x)} · share {number(w)}" for x, w in zip(found.nodes, found.weights, strict=True)]
     sheet.line(
         x=found.steps, y=up(found.nodes), mode="markers", customdata=told,
-        marker={
-            "symbol": "square", "size": 5, "color": shade.astype(np.float32), "cmin": low, "cmax": high,
-            "colorscale": [[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)],
-            "colorbar": {
-                "orientation": "h", "thickness": 6, "len": 0.3, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
-                "tickvals": ticks, "ticktext": words, "tickfont": {"size": 10, "color": p.faded}, "outlinewidth": 0,
-                "ypad": 8, "xpad": 0, "ticklabelposition": "outside top",
-            },
-        },
+        marker={"symbol": "square", "size": 5, "color": "rgba(0,0,0,0)"},
         hovertemplate="step %{x:,d}  <b>%{customdata}</b><extra></extra>",
     )  # fmt: skip
     top = math.floor(math.log10(largest))
     powers = [10.0**k for k in range(top - 3, top + 1)]
     labels = np.array([*(-v for v in powers[::-1]), 0.0, *powers])
     labels = labels[(labels >= min(0.0, found.nodes.min())) & (labels <= max(0.0, found.nodes.max()))]
-    ends = up(np.array([min(0.0, found.nodes.min()), max(0.0, found.nodes.max())]))
     sheet.layout["yaxis"] = {
-        "range": [ends[0] - 0.25, ends[1] + 0.25], "tickvals": up(labels), "ticktext": [number(v) for v in labels],
+        "range": ends, "tickvals": up(labels), "ticktext": [number(v) for v in labels],
         "fixedrange": True, "gridcolor": p.border, "zeroline": True, "zerolinecolor": p.faded, "zerolinewidth": 1,
-        "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
+        "ticks": "", "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
     }  # fmt: skip
     words_below = html_lines(caption, 27)
     sheet.gutter(1, 0, "<b>spectral_density</b>", p.text, 13)
     sheet.gutter(1, 17, words_below, p.faded, 11)
     sheet.gutter(1, 34 + 13 * words_below.count("<br>"), html(unit, 24), p.faded, 11)
+    sheet.layout |= {"hovermode": "closest", "hoverdistance": -1, "dragmode": False}
+    return sheet.figure()
+
+
+def landscape(first: Floats, second: Floats, loss: Floats, caption: str, p: Palette) -> go.Figure:
+    """The loss around the weights along two directions, as levels; the cross is where the weights are.
+
+    Args:
+        first: distances along the first direction, ``(m,)``, ascending.
+        second: along the second, ``(n,)``, ascending.
+        loss: ``(m, n)``; NaN and infinities are left blank.
+        caption: what is drawn, plain text.
+        p: colours.
+    """
+    sheet = _Sheet((0, 1), 300, 32, p)
+    values = np.where(np.isfinite(loss), loss, np.nan)
+    low, high = _span(values)
+    ticks, words = scale(low, high, log=False, room=4)
+    sheet.traces.append({
+        "type": "contour", "x": first, "y": second, "z": values.T, "ncontours": 24, "connectgaps": False,
+        "line": {"width": 0.5, "color": p.faded},
+        "colorscale": [[i / (len(p.scale) - 1), colour] for i, colour in enumerate(p.scale)],
+        "hovertemplate": "%{x:.3g} along the first, %{y:.3g} along the second<br>loss <b>%{z:.4g}</b><extra></extra>",
+        "colorbar": {
+            "orientation": "h", "thickness": 6, "len": 0.3, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
+            "tickvals": ticks, "ticktext": words, "tickfont": {"size": 10, "color": p.faded}, "outlinewidth": 0,
+            "ypad": 8, "xpad": 0, "ticklabelposition": "outside top",
+        },
+    })  # fmt: skip
+    sheet.line(
+        x=[0], y=[0], mode="markers", hoverinfo="skip",
+        marker={"symbol": "cross-thin", "size": 10, "line": {"width": 2, "color": p.text}},
+    )  # fmt: skip
+    ends = float(first[0]), float(first[-1])
+    at, words = scale(*ends, log=False, room=8)
+    sheet.xaxis |= {"type": "linear", "range": ends, "tickvals": at, "ticktext": words}
+    ends = float(second[0]), float(second[-1])
+    at, words = scale(*ends, log=False, room=6)
+    sheet.layout["yaxis"] = {
+        "range": ends, "tickvals": at, "ticktext": words, "fixedrange": True, "ticks": "",
+        "tickfont": {"size": 11, "color": p.faded}, "ticklabelstandoff": 4,
+    }  # fmt: skip
+    sheet.gutter(1, 0, "<b>landscape</b>", p.text, 13)
+    sheet.gutter(1, 17, html_lines(caption, 27), p.faded, 11)
+    sheet.layout |= {"hovermode": "closest", "dragmode": False}
+    return sheet.figure()
+
+
+def sweep(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, p: Palette) -> go.Figure:
+    """Final losses over learning rates, a curve for each size of model, both scales logarithmic where they can be.
+
+    Args:
+        curves: name -> learning rates, ascending and above 0, and the loss at each.
+        caption: what is drawn, plain text.
+        p: colours.
+    """
+    rates = np.log10(np.concatenate([np.asarray(x, dtype=np.float64) for x, _ in curves.values()]))
+    losses = np.concatenate([np.asarray(y, dtype=np.float64) for _, y in curves.values()])
+    log = bool((losses > 0).all())
+    height = max(130, 64 + 15 * len(curves))
+    sheet = _Sheet((0, 1), height, 8, p)
+    low, high = float(rates.min()) - 0.1, float(rates.max()) + 0.1
+    at, words = scale(low, high, log=True, room=8)
+    sheet.xaxis |= {"type": "log", "range": [low, high], "tickvals": at, "ticktext": words}
+    limits = _range([losses], log)
+    at, words = scale(*limits, log=log, room=max(3, height // 40))
+    sheet.layout["yaxis"] = {
+        "range": limits, "type": "log" if log else "linear", "fixedrange": True, "gridcolor": p.border,
+        "zeroline": False, "tickvals": at, "ticktext": words, "tickfont": {"size": 11, "color": p.faded},
+        "ticklabelstandoff": 4,
+    }  # fmt: skip
+    below = html_lines(caption, 27)
+    sheet.gutter(1, 0, "<b>sweep</b>", p.text, 13)
+    sheet.gutter(1, 17, below, p.faded, 11)
+    for n, (name, (x, y)) in enumerate(curves.items()):
+        colour = p.lines[n % len(p.lines)]
+        told = [f"{html(name, 40)}  lr {rate:g}  <b>{number(loss)}</b>" for rate, loss in zip(x, y, strict=True)]
+        best = int(np.argmin(y))
+        sheet.line(
+            x=list(x), y=list(y), mode="lines+markers", line={"color": colour, "width": 1.5}, customdata=told,
+            marker={"size": [10 if i == best else 5 for i in range(len(told))], "color": colour},
+            hovertemplate="%{customdata}<extra></extra>",
+        )  # fmt: skip
+        if len(curves) > 1:
+            sheet.gutter(1, 34 + 13 * below.count("<br>") + 15 * n, html(name, 26), colour, 12)
     sheet.layout |= {"hovermode": "closest", "dragmode": False}
     return sheet.figure()
 
@@ -543,6 +693,50 @@ def _ticks(low: float, high: float, log: bool) -> tuple[list[float], list[str]]:
         return [low + edge, high - edge], [number(float(f"{10**v if log else v:.2g}")) for v in (low, high)]
     powers = range(first, last + 1, -(-(last - first) // 3))
     return [float(v) for v in powers], [f"1e{v}" for v in powers]
+
+
+def scale(low: float, high: float, *, log: bool, room: int) -> tuple[list[float], list[str]]:
+    """Where an axis has labels, and which: at least two round numbers, about ``room`` of them, all written alike.
+
+    Args:
+        low: lower limit of the axis, its exponent of ten if ``log``.
+        high: upper limit, likewise.
+        log: logarithmic axis.
+        room: labels that fit.
+    """
+    if not log:
+        step = _round_up((high - low) / room)
+        while (last := math.floor(high / step + 1e-9)) <= (first := math.ceil(low / step - 1e-9)):
+            step = _round_up(0.4 * step)
+        values = [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+        return values, [_label(v, step, max(map(abs, values), default=0.0)) for v in values]
+    first, last = math.ceil(low), math.floor(high)
+    if last - first >= 1:
+        powers = range(first, last + 1, -(-(last - first) // room))
+        return [10.0**k for k in powers], [f"{10.0**k:,g}" if -4 < k < 5 else f"1e{k}" for k in powers]
+    for factors in ((1, 2, 5), (1, 3)):
+        values = [float(f"{f}e{k}") for k in range(first - 1, last + 1) for f in factors]
+        values = [v for v in values if low <= math.log10(v) <= high]
+        if 2 <= len(values) <= room + 1:
+            return values, [_label(v, v, max(values)) for v in values]
+    return scale(10.0**low, 10.0**high, log=False, room=room)  # less than a factor of three
+
+
+def _round_up(x: float) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that is at least ``x``."""
+    power = 10.0 ** math.floor(math.log10(x))
+    return next((f * power for f in (1, 2, 5) if f * power >= x * (1 - 1e-9)), 10 * power)
+
+
+def _label(value: float, step: float, largest: float) -> str:
+    """A number of an axis whose neighbours are ``step`` away and whose largest is ``largest``."""
+    if not value:
+        return "0"
+    place = math.floor(math.log10(step) + 1e-9)  # of the last digit that tells neighbours apart
+    if 1e-3 <= largest < 1e5:
+        return f"{value:,.{max(0, -place)}f}"
+    mantissa, _, exponent = f"{value:.{max(0, math.floor(math.log10(abs(value)) + 1e-9) - place)}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -568,8 +762,10 @@ def _span(values: Floats) -> tuple[float, float]:
     if not finite.size:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
+    if not low and not high:
+        return 0.0, 1.0
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-300):
-        spread = abs(low) * 0.1 or 1.0
+        spread = abs(low) * 0.1
         return low - spread, high + spread
     return low, high
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
+from monitor.diagnosis.comparison import (
+    CALIBRATION,
+    LOGIT_LIMIT,
+    Comparison,
+    Difference,
+    Extrapolation,
+    Parting,
+    Row,
+    apart,
+    first_of_each,
+    same,
+    stays,
+)
 from monitor.diagnosis.finding import Finding, Incident, Verdict
 from monitor.diagnosis.incident import together
 from monitor.diagnosis.report import describe
@@ -90,6 +104,89 @@ def heading(text: str) -> str:
     return f'<div class="mon-title">{html(text)}</div>'
 
 
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: range) -> str:
+    """A table with a line of headings; cells are HTML already.
+
+    Args:
+        heads: headings, HTML too.
+        rows: as many cells each.
+        numbers: the columns that hold numbers, which stand at the right.
+    """
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(f"<{tag}{' class=n' if i in numbers else ''}>{cell}</{tag}>" for i, cell in enumerate(row))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="mon-wide"><table class="mon-grid"><tr>{cells("th", heads)}</tr>{body}</table></div>'
+
+
+def runs(rows: Sequence[Row], logged: Sequence[str], colours: Sequence[str]) -> str:
+    """Runs side by side, each with its colour, its last values and its verdict."""
+    heads = ["run", "status", "steps", "loss", *(html(m, 20) for m in logged), "peak lr", "parameters", "verdict"]
+    shown = []
+    for row, colour in zip(rows, colours, strict=True):
+        said = f'<span class="mon-level level-{row.level}"><b>{WORDS[row.level]}</b></span>'
+        said += f" step {row.onset:,}" if row.onset is not None else ""
+        shown.append([
+            run_name(row.name, colour), html(row.status, 20), f"{row.steps:,}",
+            "" if row.loss is None else number(row.loss),
+            *(number(row.logged[m]) if m in row.logged else "" for m in logged),
+            "" if row.rate is None else f"{row.rate:g}", f"{row.parameters:,}" if row.parameters else "",
+            f"{said} {html(row.head, 60)}",
+        ])  # fmt: skip
+    return grid(heads, shown, range(2, 6 + len(logged)))
+
+
+def run_name(name: str, colour: str) -> str:
+    """A run's name behind the colour of its lines."""
+    return f'<span class="dot" style="background: {colour}"></span>{html(name, 40)}'
+
+
+def differs(found: Comparison) -> str:
+    """What is known about the runs and is not the same in all of them."""
+    if not found.differs:
+        return line("Nothing that is known about the runs differs.")
+    heads = ["differs", *(html(row.name, 40) for row in found.rows)]
+    rows = [[html(fact, 40), *(html(t, 60) or "–" for t in texts)] for fact, texts in found.differs.items()]
+    return grid(heads, rows, range(0))
+
+
+def parting(p: Parting, most: int) -> str:
+    """Where a run is not the same as the first one any more; of many series, the first of each metric."""
+    rows = [("same", html(same(p)))]
+    if p.first:
+        rows.append(("first", _differences(p.first, most)))
+        if p.start:
+            rows.append(("outside", f"{len(p.start):,} of {p.judged:,} series from the start"))
+        rows.append(("parts", _differences(p.later, most) if p.later else html(stays(p))))
+        if p.later and p.identical_until is None:
+            rows.append(("", html(CALIBRATION)))
+    body = "".join(f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in rows)
+    return f'<div class="mon-incident"><table class="mon-table words">{body}</table></div>'
+
+
+def _differences(several: Sequence[Difference], most: int) -> str:
+    shown = first_of_each(several)[:most]
+    lines = [f"step {d.step:,} · {html(d.ref, 40)} {html(d.module, 40)}<br>{html(apart(d))}" for d in shown]
+    if hidden := len(several) - len(shown):
+        lines.append(f"and {hidden:,} more series")
+    return "".join(f"<div>{text}</div>" for text in lines)
+
+
+def extrapolation(e: Extrapolation) -> str:
+    """Attention logits of growing models, and what they come to at the next size."""
+    told = (
+        "sizes too much alike, or a logit not above 0"
+        if math.isnan(e.predicted)
+        else f"{number(e.predicted)} predicted"
+    )
+    rows = [["largest logit", *(number(v) for v in e.logits), told]]
+    heads = ["parameters", *(f"{n:,}" for n in e.parameters), f"{e.size:,}"]
+    title = f"Attention logits against size at peak lr {e.rate:g}, step {e.step:,}, first block"
+    limit = f"above {number(LOGIT_LIMIT)} every run diverged (arXiv 2309.14322): QK-norm before that size"
+    return heading(title) + grid(heads, rows, range(1, len(heads))) + (line(limit) if e.beyond else "")
+
+
 def line(text: str) -> str:
     """One faint line."""
     return f'<div class="mon-line">{html(text)}</div>'
@@ -104,7 +201,7 @@ def head(run: Run) -> str:
     )
     facts = [f"{run.steps:,} steps"]
     if run.steps:
-        facts.append(f"step {run.first_step:,} – {run.last_step:,}")
+        facts.append(f"steps {run.first_step:,}–{run.last_step:,}")
     if run.attempts > 1:
         facts.append(f"{run.attempts} attempts")
     shown = "".join(f'<span class="fact">{html(fact)}</span>' for fact in facts)

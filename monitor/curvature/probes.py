@@ -286,7 +286,12 @@ class Slice:
 
 
 def landscape(
-    closure: LossClosure, directions: Sequence[Tensor] | Tensor, *, radius: float = 1.0, points: int = 21
+    closure: LossClosure,
+    directions: Sequence[Tensor] | Tensor,
+    *,
+    parameters: Selection = None,
+    radius: float = 1.0,
+    points: int = 21,
 ) -> Slice:
     """The loss along one direction, or over the plane of two, around where the model is.
 
@@ -294,6 +299,7 @@ def landscape(
         closure: the loss.
         directions: one or two vectors ``(n,)``, or ``(1 or 2, n)``, e.g. the top eigenvectors; made unit length.
             Eigenvectors show the axes of the valley; random ones mislead where BatchNorm makes scales arbitrary.
+        parameters: what the directions are over: names of parameters or modules; default all trainable.
         radius: how far to go to either side, in the parameters' unit.
         points: evaluations per direction; odd, so that the model itself is one of them.
 
@@ -305,7 +311,7 @@ def landscape(
 
     Cost: ``points`` or ``points²`` forward passes and as many copies of the parameters, one at a time.
     """
-    point = closure.point()
+    point = closure.point(parameters)
     axes = [d.to(point.device, point.dtype) / d.norm() for d in directions]
     if len(axes) not in (1, 2) or any(d.shape != (point.n,) for d in axes):
         shapes = [tuple(d.shape) for d in directions]

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from monitor.diagnosis.text import number
 from monitor.metric import SITES, Array, Block, Mask, Metric, load_metrics
 from monitor.robust import FLOOR, SIGMA_PER_MAD
 
@@ -65,6 +66,7 @@ SPAN = 4.0
 
 _VALUES = 2_000_000  # laid over each other at a time
 _FEWEST = 5  # points of a block that make a median and a scale
+_HELD_OUT = ("val", "eval", "test")
 _GAP = 16  # characters of an argument that stand for a long one's
 
 Level = Literal["healthy", "info", "warning", "critical", "not_enough_evidence"]
@@ -251,6 +253,13 @@ def names(paths: Sequence[Path]) -> list[str]:
 # ---------------------------------------------------------------------- the table
 
 
+def logged_in(rows: Sequence[Row], part: float) -> list[str]:
+    """What at least ``part`` of the scripts logged: what was measured on held-out data first, then the most common."""
+    counted = Counter(m for row in rows for m in row.logged)
+    several = sorted(counted, key=lambda m: (not m.lower().startswith(_HELD_OUT), -counted[m]))
+    return [m for m in several if counted[m] >= part * len(rows)]
+
+
 def _row(run: Run, name: str) -> Row:
     verdict = run.verdict()
     worst = verdict.incidents[0].head if verdict.incidents else None
@@ -432,6 +441,54 @@ def parting(a: Run, b: Run, place: int = 1) -> Parting:
         start=tuple(d for row, d in left if row < HOLD),
         later=tuple(d for row, d in left if row >= HOLD),
     )
+
+
+def first_of_each(several: Sequence[Difference]) -> list[Difference]:
+    """The first series of each metric, in their order."""
+    found: dict[str, Difference] = {}
+    for d in several:
+        found.setdefault(d.ref.partition(".")[0], d)
+    return list(found.values())
+
+
+def apart(d: Difference) -> str:
+    """How far apart two runs are in a series, in words."""
+    if isinstance(d, Departure) and not math.isnan(d.low):
+        return f"{number(d.value)}, band {number(d.low)} to {number(d.high)}"
+    return f"{number(d.value)} against {number(d.reference)}"
+
+
+def same(p: Parting) -> str:
+    """Up to where a run is the same as the first one, in words."""
+    if not p.series:
+        return "no series at common steps: nothing to lay over each other"
+    span = f"steps {p.first_step:,} to {p.last_step:,}" if p.first_step != p.last_step else f"step {p.first_step:,}"
+    if not p.first:
+        return f"identical in all {p.series:,} series, {span}"
+    if p.identical_until is None:
+        return f"different from the start ({p.series:,} series, {span})"
+    return f"identical until step {p.identical_until:,} ({p.series:,} series, {span})"
+
+
+def stays(p: Parting) -> str:
+    """Why no series of a run that is not the same leaves the band of the first one later on, in words."""
+    judged = p.judged - len(p.start)
+    if not judged:
+        return f"fewer than {HOLD} common points: too few for a noise band"
+    return f"none of {judged:,} series leaves the noise band later, for {HOLD} points"
+
+
+def noise_band(run: Run, ref: str, module: str) -> tuple[npt.NDArray[np.int64], Array, Array]:
+    """Steps, lower and upper edge of the `band` of one series over all its steps, ``(step,)`` each.
+
+    Nothing, if it has fewer points than are judged.
+    """
+    block = run.block(ref, [module])
+    values, has = block[ref].T, block.has(ref).T
+    if np.count_nonzero(has) < HOLD:
+        return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
+    low, high = band(values, has, log=load_metrics()[ref.partition(".")[0]].plot.log)
+    return block.steps, low[0], high[0]
 
 
 def _shared(a: Run, b: Run) -> Iterator[tuple[str, Metric, str]]:

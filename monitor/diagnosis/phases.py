@@ -6,6 +6,11 @@
 An ordinary training has a ratio of at most 3; above 10 it is called grokking. Where no accuracy is known, a loss of at
 most 1 % of its first value stands for an accuracy of 0.99.
 
+There is no score without held-out data. Votes of markers that need none (the norm of the parameters falls, the Gini of
+the embeddings rises, the effective rank of the hidden weights falls; three that agree at five evaluations in a row)
+were tried on addition modulo 41: they agree at step 1,400 or 1,500 of a run on a fifth of the pairs, which never
+generalises, and in three that do at held-out accuracies between 0.2 and 0.97. So the markers are shown side by side.
+
 These need the whole history, which no rule has: a rule sees a bounded part of it, so that it can run beside a
 training. The rules say what the state is (`grokking_phase`, `memorised_without_generalising`); this says, of a recorded
 run, when.
@@ -204,3 +209,22 @@ def log_time(steps: Steps, values: Array) -> LogTime | None:
     rest = y - (intercept + slope * x)
     spread = float(np.square(y - y.mean()).sum())
     return LogTime(float(slope), float(intercept), 1 - float(np.square(rest).sum()) / spread if spread else np.nan)
+
+
+def log_distance(run: Run) -> LogTime | None:
+    """`log_time` of the distance of all parameters together from where the run began.
+
+    Of steps at which the distance of any parameter is missing nothing is taken.
+
+    Args:
+        run: a recorded run.
+
+    Returns:
+        The fit; None if ``distance_from_start`` was recorded at fewer than 3 steps.
+    """
+    ref = "distance_from_start.distance"
+    if not run.modules(ref):
+        return None
+    block = run.block(ref)
+    whole = block.has(ref).all(axis=1)
+    return log_time(block.steps[whole], np.sqrt(np.square(block[ref][whole]).sum(axis=1)))

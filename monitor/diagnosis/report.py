@@ -114,7 +114,7 @@ def _threshold(finding: Finding, params: Sequence[Any]) -> tuple[str, str]:
     """The threshold with its unit, and where it comes from: the parameter it equals, or the rule's first."""
     for p in params:
         if math.isclose(p.value, finding.threshold):
-            return f"{finding.threshold:.4g} {p.unit}", p.source
+            return f"{finding.threshold:.4g} {'' if p.unit == '1' else p.unit}".strip(), p.source
     return f"{finding.threshold:.4g}", params[0].source if params else "of the rule"
 
 

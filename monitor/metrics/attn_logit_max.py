@@ -7,10 +7,10 @@ with s what the softmax is given (scaled, with an additive bias, masked keys lef
 maximum, and too high by at most ln n (7 at 1,000 keys): tight where it matters. ``found`` is the largest logit of the
 rows that were read: those with the largest log-sum-exp and a seeded sample. Where ``certified`` is 1, no row that was
 not read can hold a larger one, so it is the maximum; where it is 0, the maximum lies between ``lower`` and
-``lse_max``. Without a saved log-sum-exp (dropout on a CPU, activation checkpointing) there is no bound,
-and ``found`` is the largest of the sample. Attention written by hand (a softmax over products of queries and keys,
-multiplied again) has no bound either, but all its logits are in memory: ``found`` is the largest of all rows, and
-certified.
+``lse_max``. Without a saved log-sum-exp (dropout or values of another size than queries on a CPU, activation
+checkpointing) there is no bound, and ``found`` is the largest of the sample. Attention written by hand (a softmax over
+products of queries and keys, multiplied again) has no bound either, but all its logits are in memory: ``found`` is the
+largest of all rows, and certified.
 
 Healthy: of order 1 to 50, settling after warm-up.
 

@@ -89,7 +89,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition; arXiv 2501.04697 sec. 4",
-    cost="shared by all metrics of logits: one read of at most 256 rows, or of all when rows x classes <= 2^20",
+    cost="shared by all metrics of logits: one read of at most 256 rows, or of all when rows x classes <= 2^14",
     plot=Plot("row_std"),
     oracle=oracle,
     reads="logit_rows",

@@ -8,11 +8,12 @@ ReLU every layer has the same −⟨g, W⟩, the number that `nlm_rate` reads of
 
 Healthy: near 0 while the network learns to tell samples apart.
 
-Unhealthy: above 0.8 in the last layer with a training accuracy near 1: steps scale the logits up instead of learning,
-on the way to softmax collapse (see `softmax_collapse_frac`). It falls to 0 again once collapse has begun, since what is
-left of the gradient comes from the few samples that are not absorbed: a fall is no recovery. With an optimizer that
-takes the radial part out of its step (`monitor.remedies.OrthogonalGradient`) the gradient may stay aligned and the
-training be healthy.
+Unhealthy: above 0.8 in the last layer, at a training accuracy of 1 and with a z-score of the target that stands still
+(`naive_loss_minimisation`): steps scale the logits up instead of learning, on the way to softmax collapse (see
+`softmax_collapse_frac`). Once that has begun it falls to about 0, since what is left of the gradient comes from the few
+samples that are not absorbed: a fall is no recovery. Alone it says nothing: with a weight decay of 1 it is above 0.9
+all through a modular addition that generalises. `monitor.remedies.OrthogonalGradient` changes the gradient itself, so
+that it is 0 up to rounding; an optimizer that does so inside its step leaves it as it was and may train well.
 
 Source: Prieto et al. (2025), Grokking at the Edge of Numerical Stability, section 4.2 and figure 5.
 """
@@ -67,7 +68,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2501.04697, section 4.2",
-    cost="every 10 steps one read of gradients and parameters",
+    cost="every 10 steps one read of gradients and of the copied parameters",
     plot=Plot("cos", kind="heatmap"),
     oracle=oracle,
     reads="alignment",

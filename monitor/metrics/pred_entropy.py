@@ -66,7 +66,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition",
-    cost="shared by all metrics of logits: one read of at most 256 rows, or of all when rows x classes <= 2^20",
+    cost="shared by all metrics of logits: one read of at most 256 rows, or of all when rows x classes <= 2^14",
     plot=Plot("entropy"),
     oracle=oracle,
     reads="logit_rows",

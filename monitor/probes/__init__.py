@@ -18,6 +18,7 @@ _HOME = {
     "Memorisation": "memorisation",
     "OddFraction": "odd_fraction",
     "Pathways": "pathways",
+    "Sources": "sources",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

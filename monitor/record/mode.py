@@ -3,7 +3,8 @@
 A function mode is the only observer that sees ``from … import cross_entropy`` made before it, needs no patch, and
 leaves results alone; but while any mode is on the stack, `torch.nn.TransformerEncoder` leaves its fast path in
 evaluation and Dynamo recompiles what it enters. So the mode is on the stack only from a root module's training
-forward to the optimizer step, and never inside a compiled region; `Recorder` decides when.
+forward to the optimizer step, and never inside a compiled region; `Recorder` decides when. A forward itself is watched
+only at the steps at which something inside it is looked at, unless losses are made in there: each call costs more then.
 """
 
 from __future__ import annotations

@@ -124,6 +124,10 @@ class Probe:
         """
         return spent + (self.cost * step if last is None else last) <= self.share * elapsed
 
+    def unmet(self) -> str | None:
+        """What it should have measured and did not get to in the time it may take; None if there is no such thing."""
+        return None
+
     def measure(self, moment: Moment) -> None:
         """Measure and emit. Runs without gradients, with every mode of the user's and ours off.
 

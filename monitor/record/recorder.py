@@ -33,8 +33,9 @@ from monitor.record.followed import Followed, children_called
 from monitor.record.mode import StepMode, Watcher
 from monitor.record.private import alone, inside_functorch, quiet
 from monitor.record.probe import Probe
-from monitor.record.ring import Ring, Values
-from monitor.record.site import Site
+from monitor.record.ring import Values
+from monitor.record.rows import OpenRow
+from monitor.record.site import START, Site
 from monitor.record.sites.activation import ActivationSite
 from monitor.record.sites.adam_state import AdamStateSite
 from monitor.record.sites.attention import AttentionSite
@@ -52,8 +53,6 @@ from monitor.record.sites.router import RouterSite
 from monitor.record.sites.state import StateSite
 from monitor.record.sites.stream import StreamSite
 
-#: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
-BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
 _SITES: tuple[type[Site], ...] = (
     InputSite,
     ActivationSite,
@@ -115,20 +114,19 @@ class Recorder:
             self.followed.add(model)
         self.device = self.followed.device
         self.on_cpu = self.device.type == "cpu"
-        self._ring = Ring(self.device, BLOCK_ROWS)
+        self._open_row = OpenRow(self.device, flusher)
         self._hooks: list[Any] = []
         self._entries: dict[int, bool] = {}
         self._prefixes: dict[int, str] = {}
         self._row: list[int] = []
         self._expected: frozenset[int] = frozenset()
-        self._emitted: dict[tuple[str, str], tuple[int, int]] = {}
         self._unscaled_since_backward = False
         self._depth = 0
         self._was_on = False
         self._forwards = 0
         self._eval_trained = False
         self._always_on = False
-        self._handed_on = time.perf_counter()
+        self._called_inside = False  # a loss, a backward or a clipping inside a root module's forward
         self._thread: int | None = None  # that trains; known from the first training forward or update
         self._pid = os.getpid()
         self._missing: list[tuple[str, str]] | None = None
@@ -144,11 +142,13 @@ class Recorder:
         before[torch.autograd.backward] = self._commit_pending
         after: dict[Any, Watcher] = {}
         for site in self.sites:
+            always = site.inside_every == 1
             for func, watcher in site.before().items():
-                before[func] = _both(before.get(func), self._guarded(site, watcher))
+                before[func] = _both(before.get(func), self._guarded(site, watcher, always))
             for func, watcher in site.after().items():
-                after[func] = _both(after.get(func), self._guarded(site, watcher))
+                after[func] = _both(after.get(func), self._guarded(site, watcher, always))
         self.mode = StepMode(before, after)
+        self._inside = [site for site in self.sites if site.inside_every > 1]
         for model in models:
             self.adopt(model)
         self._hooks.append(register_optimizer_step_pre_hook(self._before_step))
@@ -235,71 +235,29 @@ class Recorder:
             at: which statistics ``values`` are.
             absent: statistics that are not recorded.
         """
-        self._make_room(reads, stats, (module,))
-        place = self._ring.place(reads, module)
-        epoch, count = self._emitted.get((reads, module), (-1, 0))
-        if merge and epoch == self.epoch:
-            values = _merged(merge[at], self._ring.view(reads)[place][at], values, count)
-            count += 1
-        else:
-            count = 1
-        self._emitted[(reads, module)] = (self.epoch, count)
-        self._ring.write(reads, place, at, values)
-        if absent:
-            self._ring.blank(reads, place, absent)
+        self._open_row.emit(self.epoch, reads, stats, module, values, merge, at, absent)
 
     def emit_many(
         self, reads: str, stats: Sequence[str], modules: Sequence[str], values: Values, at: slice = slice(None)
     ) -> None:
         """Write the statistics of several modules: ``values`` is ``(module, statistic)``, as in `emit`."""
-        self._make_room(reads, stats, modules)
-        self._ring.write(reads, self._ring.places(reads, modules), at, values)
-
-    def _make_room(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> None:
-        if self._ring.known(reads, modules):
-            return
-        self._drain(wait=True)
-        block = self._ring.widen(reads, stats, modules)
-        if block is not None:
-            self.flusher.take(block)
-        self.flusher.layout(self._ring.layout)
+        self._open_row.emit_many(reads, stats, modules, values, at)
 
     def _close_row(self) -> None:
         self._at("on_row")
-        if self._ring.layout.size:
-            self._ring.commit(self.step)
-            self._drain()
-            if self._ring.full or time.perf_counter() - self._handed_on > BLOCK_SECONDS:
-                self._hand_on()
+        self._open_row.close(self.step)
         self.step += 1
         self.rows += 1
         self.stepped = 0
         self._expected = frozenset(self._row)
         self._row.clear()
-        self._emitted.clear()
-
-    def _drain(self, wait: bool = False) -> None:
-        number = self._ring.layout.number
-        for step, payload in self._ring.ready(wait):
-            self.flusher.row(step, number, payload)
-
-    def _hand_on(self, wait: bool = False) -> None:
-        # a full block must go; one that is merely old can wait for the device
-        if not wait and not self._ring.full and not self._ring.settled:
-            return
-        self._drain(wait=True)
-        block = self._ring.take(wait=True)
-        if block is not None:
-            self.flusher.take(block)
-        self._handed_on = time.perf_counter()
 
     def _follow_device(self) -> None:
         """The model may have been moved since the last step, or made on no device at all and filled later."""
         with quiet():
             device = self.followed.device
             if device != self.device:
-                self._hand_on(wait=True)
-                self._ring.move(device)
+                self._open_row.move(device)
                 self.device, self.on_cpu = device, device.type == "cpu"
 
     # ---- the step
@@ -368,7 +326,7 @@ class Recorder:
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
         if self.training:
             self._thread = threading.get_ident()
-        self._set(self.training and module.training and not self._compiled(module))
+        self._set(self.training and module.training and self._looks_inside() and not self._compiled(module))
         if self.training:
             with quiet():
                 self._at("on_forward", module, args, kwargs)
@@ -389,6 +347,11 @@ class Recorder:
                     self._at("on_output", module, args, kwargs, output)
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
             self._set(True if torch.is_grad_enabled() else self._was_on)
+
+    def _looks_inside(self) -> bool:
+        """True if calls inside this forward are of interest: while the mode is on the stack, each one costs more."""
+        first = self.rows < START  # also of a run that is resumed
+        return self._called_inside or first or any(site.due(site.inside_every) for site in self._inside)
 
     def _compiled(self, module: nn.Module) -> bool:
         """True if a call of ``module`` enters a compiled region; looked up at first, then now and then."""
@@ -436,6 +399,7 @@ class Recorder:
 
     def _commit_pending(self, args: Any, kwargs: Any, result: Any) -> None:
         begin = time.perf_counter()
+        self._called_inside |= self.inside_forward
         with quiet():
             self.backward_begins()
             self._at("on_backward")
@@ -450,9 +414,10 @@ class Recorder:
 
     # ---- errors
 
-    def _guarded(self, site: Site, watcher: Watcher) -> Watcher:
+    def _guarded(self, site: Site, watcher: Watcher, always: bool = False) -> Watcher:
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             begin = time.perf_counter()
+            self._called_inside |= always and self._depth > 0
             with quiet():
                 self._tell(site, watcher, args, kwargs, result)
             self.spent += time.perf_counter() - begin
@@ -525,7 +490,7 @@ class Recorder:
     def _finish(self) -> None:
         if self._row or any(site.waiting() for site in self.sites):
             self._close_row()
-        self._hand_on(wait=True)
+        self._open_row.hand_on(wait=True)
 
     def _release(self) -> None:
         """Let go of the model: a handle or a mode of another thread that outlives the recording must not keep it."""
@@ -596,16 +561,3 @@ def _both(first: Watcher | None, second: Watcher) -> Watcher:
         second(args, kwargs, result)
 
     return call
-
-
-def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Tensor:
-    """Statistics of ``count`` micro-batches and of one more."""
-    fresh = torch.as_tensor(new, dtype=torch.float32, device=old.device)
-    joined = {
-        "sum": lambda a, b: a + b,
-        "max": torch.maximum,
-        "min": torch.minimum,
-        "mean": lambda a, b: (a * count + b) / (count + 1),
-        "last": lambda a, b: b,
-    }
-    return torch.stack([joined[op](a, b) for op, a, b in zip(merge, old, fresh, strict=True)])

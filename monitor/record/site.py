@@ -25,6 +25,9 @@ class Site:
     """
 
     name = ""
+    #: Steps between two at which its functions matter when they are called inside a root module's forward. Of a site
+    #: with 1 it is not known beforehand: once one of them has been called in there, every forward is watched.
+    inside_every = 1
 
     def __init__(self, recorder: Recorder) -> None:
         self.rec = recorder

@@ -8,8 +8,8 @@ What it means:
 How it is decided:
     The largest logit of a head is at least 1,000 for 3 points (critical: 10,000). It is taken from the bound that
     the saved log-sum-exp gives every fifth step; at 1,000 that is about 1 % above the maximum itself at most. Where
-    there is no bound (dropout on a CPU, activation checkpointing), the largest logit of the sampled rows is taken,
-    which is none too large.
+    there is no bound, the largest logit of the rows that were read is taken, which is none too large: sampled rows
+    (dropout or values of another size on a CPU, activation checkpointing), or all (attention written by hand).
 
 What to do:
     Normalise queries and keys per head (qk-norm: a LayerNorm or RMSNorm in front of the product); or a lower learning

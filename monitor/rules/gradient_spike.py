@@ -16,7 +16,8 @@ How it is decided:
 What to do:
     If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If not,
     look at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike
-    (monitor.remedies.SpikeAwareClipping does both).
+    (monitor.remedies.SpikeAwareClipping does both). If bursts of spikes come again and again while the loss is as low
+    as it gets, no batch is to blame but the step size: let the learning rate fall.
 
 When it is wrong:
     The gradient seen is the one that the optimizer saw: after clipping, a spike may be flat in norm and show in the
@@ -77,6 +78,7 @@ RULE = Rule(
             "cap spiked elements and, after a spike of 100 times and more, begin Adam's moments afresh",
             "monitor.remedies.SpikeAwareClipping",
         ),
+        Remedy("if bursts of them come back on other batches, lower the learning rate or let it fall"),
     ),
     params=(
         Param("times", 5, "times the median", "Stable-SPAM (arXiv 2502.17055), norm ratio; none in calibration"),

@@ -7,14 +7,14 @@ What it means:
 
 How it is decided:
     The mean of log Z (log of the sum of exponentials) is below −5, or more than 20 nats above that of zero logits,
-    ln K, and over the last 200 points (1,000 steps) the means of the four quarters of them go one way, away from 0.
+    ln K, and over the last 200 points (1,000 steps) the means of the four quarters of them go one way, away from 0. The
+    mean of all logits goes with it by at least half as much: growing margins raise log Z too, but not all logits.
 
 What to do:
     A z-loss of 1e-4 beside the cross-entropy, or weight decay on the output layer.
 
 When it is wrong:
-    Logits that a model shifts by design. Growing margins raise log Z too: look at logit_scale.mean, which does not grow
-    with them if the logits are centred.
+    Logits that a model shifts by design.
 """
 
 from __future__ import annotations
@@ -23,10 +23,17 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from monitor.metric import Array, Mask
 from monitor.rule import Hits, Param, Remedy, Rule, Window
 from monitor.rules._series import exactly
 
 PAPER = "Wortsman et al. 2023 (arXiv 2309.14322) sec. 3.1.2"
+
+
+def _quarters(values: Array, has: Mask, rows: slice, module: int) -> Array:
+    """Means of the four quarters of ``rows``, ``(4,)``; NaN where a quarter has no finite value."""
+    given, ok = values[rows, module].reshape(4, -1), (has & np.isfinite(values))[rows, module].reshape(4, -1)
+    return np.array([x[some].mean() if some.any() else np.nan for x, some in zip(given, ok, strict=True)])
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -34,6 +41,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     block = window["log_z.mean"]
     value, has = block["log_z.mean"], block.has("log_z.mean")
     above, known = exactly(window["log_z.excess"], block.steps, block.modules)
+    level, level_has = exactly(window["logit_scale.mean"], block.steps, block.modules)
     size = int(p["window"])
     judged = has & ~np.isnan(value)
     low, high = judged & (value < p["low"]), judged & known & (above > p["high"])
@@ -44,17 +52,12 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         if row + 1 < size or block.steps[row] - block.steps[row + 1 - size] < p["steps"]:
             continue
         last = slice(row + 1 - size, row + 1)
-        quarters = [
-            x[ok].mean() if ok.any() else np.nan
-            for x, ok in zip(
-                value[last, module].reshape(4, -1),
-                (judged & np.isfinite(value))[last, module].reshape(4, -1),
-                strict=True,
-            )
-        ]
+        quarters = _quarters(value, judged, last, module)
         step = np.diff(quarters)
-        mask[row, module] = bool((step < 0).all()) if low[row, module] else bool((step > 0).all())
         change[row, module] = quarters[-1] - quarters[0]
+        levels = _quarters(level, level_has, last, module)
+        away = bool((step < 0).all()) if low[row, module] else bool((step > 0).all())
+        mask[row, module] = away and (levels[-1] - levels[0]) / change[row, module] >= p["shared"]
     yield Hits(block.steps, block.modules, mask, judged, value, threshold, {"change": change})
 
 
@@ -73,9 +76,12 @@ RULE = Rule(
         Param("low", -5, "nats", f"own choice; {PAPER} reports very negative logits before a divergence"),
         Param("high", 20, "nats", "own choice: above ln K"),
         Param("window", 200, "points", "own choice: 1,000 steps at the default cadence"),
+        Param(
+            "shared", 0.5, "of the change", "own choice: a shift of all logits gives 1, growing margins none or little"
+        ),
         Param("steps", 900, "steps", "own choice: least length of the window"),
     ),
-    needs=("log_z.mean", "log_z.excess"),
+    needs=("log_z.mean", "log_z.excess", "logit_scale.mean"),
     check=check,
     lookback=200,
     hold=3,

@@ -14,6 +14,8 @@ How it is decided:
       - no parameter group has weight decay, the rows teach at most 2^-12, and the held-out accuracy lies no more than
         0.05 above the lowest of the last 20 evaluations, all of which had the gap as far as the last 480 training
         steps tell: at 5 evaluations in a row.
+    The cosine of the descent direction with the weights (nlm_cos) is shown beside it: near 1, the steps only make the
+    logits larger; near 0 after a collapse, they follow what few rows are left.
 
 What to do:
     Give learning a direction again: take the part of the gradient along the weights away (orthogonal gradient), add
@@ -66,6 +68,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
                 mask[:, i] |= still & _stuck(steps, since, memorised[:, i], held[:, i], p, start)
     evidence = {"train": train, "held_out": held}
     evidence |= {"zero_losses": np.broadcast_to(zero, held.shape), "signal": np.broadcast_to(teaches, held.shape)}
+    evidence["alignment"] = np.broadcast_to(latest(window["nlm_cos.total"], steps, ("",))[0], held.shape)
     yield Hits(
         steps[start:], names, mask[start:], np.isfinite(gap)[start:], gap[start:], p["gap"],
         {name: values[start:] for name, values in evidence.items()},
@@ -94,8 +97,8 @@ RULE = Rule(
     title="Memorised without generalising",
     severity="warning",
     site="loss",
-    message="{train:.1%} of the training rows are right, and {module} stays at {held_out:.1%}: the rows teach only "
-    "{signal:.1e} any more, {zero_losses:.0%} of them have a loss of exactly zero.",
+    message="{train:.1%} of the training rows are right, {module} stays at {held_out:.1%}, and learning has stopped "
+    "because the rows teach only {signal:.1e} any more: {zero_losses:.0%} of them have a loss of exactly zero.",
     refute="the held-out data are not of the distribution that is trained on, or a regularisation that is no weight "
     "decay of the optimizer is at work",
     remedies=(
@@ -114,7 +117,7 @@ RULE = Rule(
         Param("points", 480, "points", "own choice: bounds what is remembered of the training accuracy"),
         Param("rise", 0.05, "fraction", CHECKED),
     ),
-    needs=(*ACCURACIES, "train_accuracy.top1_mass", "loss_zero_frac.frac"),
+    needs=(*ACCURACIES, "train_accuracy.top1_mass", "loss_zero_frac.frac", "nlm_cos.total"),
     check=check,
     lookback=480 + POOL,
     hold=5,

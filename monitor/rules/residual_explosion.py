@@ -61,7 +61,7 @@ RULE = Rule(
         Remedy("use weight decay, or normalise what each block adds"),
     ),
     params=(
-        Param("growth", 300, "1", OWN + "those within 2 % of it stay below 180"),
+        Param("growth", 300, "times", OWN + "those within 2 % of it stay below 180"),
         Param("limit", 100, "1", OWN + "those within 2 % of it stay below 51"),
         Param("critical", 1e4, "1", "own choice: less than a factor of 7 below the largest float16, 65,504"),
         Param("window", 40, "points", "own choice: 2,000 steps at the default cadence"),

@@ -10,6 +10,10 @@ missed in both or cost far more than another that did not. Attention uses the ma
 is left out.
 
     python tests/benchmarks/bench_curvature.py gpt --memory                  # peak memory instead, a process for each
+    python tests/benchmarks/bench_curvature.py --budget 120                  # attach(curvature="auto") for 120 s
+
+The last trains a GPT for so many seconds of CPU time: what the steps that measured took beyond the median of those
+around them, as a share of all, beside what the run says of itself.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import monitor
 from monitor.curvature import Hessian, LossClosure, density, lanczos
 
 TOLERANCE = 1e-3
@@ -136,12 +141,16 @@ class GPT(nn.Module):
         return self.head(self.norm(self.layers(x))).flatten(0, 1)
 
 
-def gpt(context: int = 32) -> Problem:
-    torch.manual_seed(0)
+def text(context: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([min(max(ord(c) - 32, 0), 95) for c in inspect.getsource(argparse)])
     windows = ids.unfold(0, context + 1, 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def gpt(context: int = 32) -> Problem:
+    torch.manual_seed(0)
+    x, y = text(context)
     model = GPT(context=context)
-    x, y = windows[:, :-1], windows[:, 1:]
     train(model, x, y, 60, 16, torch.optim.AdamW(model.parameters(), lr=1e-3))
     at = torch.randint(0, len(x), (4,), generator=torch.Generator().manual_seed(1))
     return Problem(model, x[at].contiguous(), y[at].flatten())
@@ -298,18 +307,54 @@ def measure(p: Problem, task: str, rounds: int) -> dict[str, tuple[int | None, R
     return best
 
 
+def budget(seconds: float) -> str:
+    """Train a GPT with ``curvature="auto"``: what measuring took, of all CPU time."""
+    torch.manual_seed(0)
+    model, (x, y) = GPT(), text(32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cpu = []
+    with tempfile.TemporaryDirectory() as folder:
+        with monitor.attach(model, Path(folder) / "run", curvature="auto"):
+            while sum(cpu) < seconds:
+                began = time.process_time()
+                i = torch.randint(0, len(x), (8,))
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[i]), y[i].flatten()).backward()
+                optimizer.step()
+                cpu.append(time.process_time() - began)
+        run = monitor.open(Path(folder) / "run")
+        kinds = [
+            run.series(ref)[0] if ref in run.refs() else np.empty(0, dtype=np.int64)
+            for ref in ("batch_sharpness.value", "sharpness.value", "hessian_trace.trace")
+        ]
+        said = run.info["overhead"]["probes"]
+    times, others = np.array(cpu), np.array(cpu)
+    others[kinds[0]] = np.nan
+    extra = sum(times[i] - np.nanmedian(others[max(0, i - 50) : i + 51]) for i in kinds[0])
+    batch, sharp, full = (len(steps) for steps in kinds)
+    return (
+        f"{len(times)} steps of {1e3 * np.nanmedian(others):.1f} ms CPU: {batch - sharp} batch sharpness alone, "
+        f"{sharp - full} sharpness, {full} full; {100 * extra / times.sum():.2f} % of the CPU time, "
+        f"{100 * said:.2f} % by the run's own account"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("problems", nargs="*", default=["mlp"], metavar="problem", help=", ".join(PROBLEMS))
     parser.add_argument("--tasks", nargs="+", default=["top1", "top5", "density"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak memory of the eigenvalues instead")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="the time that a run's own measurements take")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if options.peak:
         peak(options.peak[0], options.peak[1], options.tasks[0])
+        return
+    if options.budget:
+        print(budget(options.budget))
         return
     for name in options.problems:
         if options.memory:

@@ -96,6 +96,24 @@ def wait_for(condition: Any, what: str, seconds: float = 20) -> None:
         time.sleep(0.1)
 
 
+def test_compare_in_a_browser(scripted, serve, page, tmp_path: Path) -> None:
+    """Oracle: real browser, planted fault (hostile names). A button shows the series that parts; nobody is asked."""
+    modules = ("a.weight", EVIL)
+    scripted(tmp_path / "runs" / "good", modules=modules).train(120).finish()
+    scripted(tmp_path / "runs" / "<b>bad", modules=modules, nan=60).train(120).finish()
+    page.goto(f"{serve(tmp_path / 'runs')}/compare?run=good")
+    page.wait_for_selector(".js-plotly-plot", timeout=60_000)
+    assert "<b>bad" in page.locator(".mon-grid").first.inner_text()
+    assert "identical until step 59" in page.locator(".mon-incident").inner_text()
+    page.get_by_role("button", name="Show grad_norm.norm").click()
+    wait_for(lambda: "grad_norm.norm" in page.evaluate("location.search"), "the address has the series")
+    wait_for(lambda: "grad_norm.norm" in page.locator(".js-plotly-plot").first.inner_text(), "the chart shows it")
+    assert page.locator("img[src*='192.0.2.1']").count() == 0
+    assert {urlsplit(url).hostname for url in page.asked if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
+    # Streamlit looks for its own files below a page's address first
+    assert [line for line in page.wrong if "404" not in line] == []
+
+
 def test_live_run_in_a_browser(scripted, serve, page, tmp_path: Path) -> None:
     """Oracle: planted faults (a spike, a hostile name), and what a person would see and do."""
     run = scripted(tmp_path / "runs" / "<b>live</b>", modules=("a.weight", "b.weight", EVIL), spike=150)

@@ -46,7 +46,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
             opt: Any = getattr(torch.optim, optimizer)(model.parameters(), lr=0.01)
             x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
-            curvature = monitor.Curvature(every=4, full=2, blocks=True)
+            curvature = monitor.Curvature(every=4, full=2, blocks=True, landscape=0.5)
             with monitor.attach(model, folder, curvature=curvature):
                 for _ in range(13):
                     opt.zero_grad()
@@ -82,7 +82,7 @@ def test_what_was_recorded_is_drawn(optimizer: str, first: list[str], recorded, 
     assert f"sharpness {run.series('sharpness.value')[1][-1]:.4g}" in text
     assert "batches of 32" in text
     assert "half of the pull up" in text
-    strips, nodes, blocks = charts(app)
+    strips, nodes, around, blocks = charts(app)
     found = titles(strips)
     assert found[: len(first)] == first
     assert {"<b>edge_of_stability</b>", "<b>learning rate</b>", "<b>hessian_trace</b>"} <= set(found)
@@ -90,8 +90,13 @@ def test_what_was_recorded_is_drawn(optimizer: str, first: list[str], recorded, 
     assert lines.count("threshold") == 1
     stored = [run.table(name, step, attempt) for name, attempt, step in run.tables() if name == "spectral_density"]
     assert len(stored) == 2
-    (points,) = nodes["data"]
+    shares, points = nodes["data"]
+    np.testing.assert_allclose(np.nansum(10.0 ** _matrix(shares["z"]), axis=0), 1, rtol=1e-3)
     assert len(points["customdata"]) == sum(t.num_rows for t in stored)
+    step = max(step for name, _, step in run.tables() if name == "landscape")
+    table = run.table("landscape", step)
+    losses = table.column("loss").to_numpy().reshape(11, 11)
+    np.testing.assert_allclose(_matrix(around["data"][0]["z"]), losses.T, rtol=1e-6)
     assert len(blocks["data"]) == 2 + 2  # two maps, and a row to hover for each of two blocks
 
 
@@ -115,8 +120,10 @@ def test_a_damaged_or_foreign_table_is_left_out(recorded, show, tmp_path: Path) 
     shutil.copytree(recorded("SGD"), path)
     tables = sorted((path / "rank0" / "tables").glob("spectral_density-*"))
     tables[0].write_bytes(tables[0].read_bytes()[:-40])
+    (latest,) = sorted((path / "rank0" / "tables").glob("landscape-*"))[-1:]
+    latest.write_bytes(b"no table")
     _, nodes, _ = charts(show(path))
-    assert set(_numbers(nodes["data"][0]["x"])) == {8.0}
+    assert set(_numbers(nodes["data"][1]["x"])) == {8.0}
 
 
 def _numbers(packed: Any) -> list[float]:
@@ -128,13 +135,17 @@ def _numbers(packed: Any) -> list[float]:
     return list(packed)
 
 
+def _matrix(packed: Any) -> np.ndarray[Any, Any]:
+    return np.array(_numbers(packed)).reshape([int(n) for n in packed["shape"].split(",")])
+
+
 @pytest.mark.parametrize("nodes", [[0.0], [-3.0, -1.0], [1e-30, 1e30], [-2.0, 0.0, 50.0]])
 def test_any_nodes_have_a_place(nodes: list[float]) -> None:
     """Oracle: closed form. Finite and ordered as the nodes are, labels among them."""
     n = len(nodes)
     found = Spectra(np.zeros(n), np.array(nodes), np.full(n, 1 / n))
     figure: Any = figures.spectra(found, "caption", "unit", (0, 1), DARK)
-    y = np.asarray(figure.data[0].y, dtype=float)
+    y = np.asarray(figure.data[1].y, dtype=float)
     low, high = figure.layout.yaxis.range
     assert np.isfinite(y).all()
     assert (np.diff(y) > 0).all() or n == 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from monitor_dashboard import figures, sampling
 from monitor_dashboard.figures import Panel, Pin
@@ -121,3 +125,38 @@ def test_short_names() -> None:
     assert figures.short_names(names) == ["…0.attn.weight", "…0.mlp.weight", "…10.mlp.weight"]
     assert figures.short_names(["weight", "bias"]) == ["weight", "bias"]
     assert figures.short_names(["a.b"]) == ["a.b"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "words"),
+    [
+        (-0.06, 1.06, False, ["0", "0.5", "1.0"]),
+        (0, 7, False, ["0", "5"]),
+        (3.19, 3.71, False, ["3.2", "3.4", "3.6"]),
+        (0.99999, 1.00001, False, ["0.99999", "1.00000", "1.00001"]),
+        (-5e5, 2.1e6, False, ["0", "1e6", "2e6"]),
+        (0, 2.4e-5, False, ["0", "1e-5", "2e-5"]),
+        (-6.5, 0.3, True, ["1e-6", "1e-4", "0.01", "1"]),
+        (-2.0, 5.0, True, ["0.01", "10", "10,000"]),
+        (-3.3, -1.9, True, ["0.001", "0.01"]),
+        (0.2, 0.9, True, ["2", "5"]),
+        (0.50, 0.58, True, ["3.2", "3.4", "3.6", "3.8"]),
+    ],
+)
+def test_labels_of_an_axis(low: float, high: float, log: bool, words: list[str]) -> None:
+    """Oracle: closed form (round numbers within the limits, told apart and written alike)."""
+    at, found = figures.scale(low, high, log=log, room=3)
+    assert found == words
+    assert [float(w.replace(",", "")) for w in found] == pytest.approx(at)
+    assert len(set(found)) == len(found)
+    place = [math.log10(v) for v in at] if log else at
+    assert all(low - 1e-9 <= v <= high + 1e-9 for v in place)
+
+
+@given(st.floats(-12, 12), st.floats(-4, 4), st.integers(3, 6), st.booleans())
+def test_any_axis_has_labels(middle: float, size: float, room: int, log: bool) -> None:
+    """Oracle: invariance. Whatever the limits: two to ten labels, all different."""
+    half = 0.01 + abs(size) if log else 10.0**size
+    at, found = figures.scale(middle - half, middle + half, log=log, room=room)
+    assert 2 <= len(at) <= 10
+    assert len(set(found)) == len(found)

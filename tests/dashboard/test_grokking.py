@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from streamlit.testing.v1 import AppTest
+from torch import nn
 
+import monitor
 import monitor_dashboard
 from monitor_dashboard import data, figures, sampling
 from monitor_dashboard.figures import Band, Panel
@@ -74,6 +77,28 @@ def test_a_probe_alone_is_drawn(show) -> None:
     text = said(show(SAMPLES / "xor_clusters"))
     assert grokking.WORDS["normal"] in text
     assert "odd_fraction" not in text
+
+
+def test_gradient_along_the_weights_and_growth_are_drawn(show, tmp_path: Path) -> None:
+    """Oracle: definition. A strip with the whole and each tensor; the distance's caption has the fit over ln t."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    x, y = torch.randn(20, 6), torch.randint(0, 3, (20,))
+    with monitor.attach(model, tmp_path / "run") as recording:
+        for step in range(60):
+            if step % 10 == 0:
+                recording.log(val_acc=0.3)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    app = show(tmp_path / "run")
+    text = said(app)
+    missing = text.partition("Not recorded: ")[2]
+    assert "nlm_cos" not in missing
+    drawn = json.dumps(chart(app))
+    for words in ("<b>nlm_cos</b>", "Gradient along the weights", "ln t, R\\u00b2 0.", "0.weight", "2.weight"):
+        assert words in drawn
 
 
 def test_nothing_of_it_is_one_line(show, scripted, tmp_path: Path) -> None:

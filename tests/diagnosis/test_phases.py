@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import monitor
-from monitor.diagnosis.phases import Phases, judge, log_time, phases
+from monitor.diagnosis.phases import Phases, judge, log_distance, log_time, phases
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
 
@@ -117,3 +117,18 @@ def test_log_time_is_exact_for_a_logarithm() -> None:
     assert flat is not None
     assert np.isnan(flat.r2)
     assert log_time(steps[:3], np.ones(3)) is None
+
+
+def test_the_distance_of_the_whole_is_fitted() -> None:
+    """Oracle: naive transcription. The root of the sum of all parameters' squared distances, over ln of the step."""
+    run = monitor.open(SAMPLES / "grokking_p41")
+    ref = "distance_from_start.distance"
+    each = [run.series(ref, name) for name in run.modules(ref)]
+    steps = each[0][0]
+    total = np.sqrt(sum(values**2 for _, values in each))
+    x, y = np.log(steps[steps >= 1]), total[steps >= 1]
+    slope, intercept = np.polyfit(x, y, 1)
+    fit = log_distance(run)
+    assert fit is not None
+    assert (fit.slope, fit.intercept) == pytest.approx((slope, intercept))
+    assert fit.r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)

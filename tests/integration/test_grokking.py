@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import monitor
 from monitor.diagnosis.phases import phases
 from monitor.record.attach import close_all
+from monitor.rule import load_rules
 from monitor.store.run import Run
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
@@ -78,6 +79,7 @@ def test_modular_addition_that_never_generalises(weight_decay: float, part: floa
     assert at(run, "gini.gini", "embed.weight", 1480) < 0.07
     said = rules(run)
     assert said["grokking_phase"] <= 150
+    assert 400 <= said["naive_loss_minimisation"] <= 900
     assert ("memorised_without_generalising" in said) == (weight_decay == 0)
     if weight_decay == 0:
         assert said["memorised_without_generalising"] <= 600
@@ -95,6 +97,9 @@ def test_modular_addition_that_generalises(tmp_path: Path) -> None:
     steps, restricted = run.series("restricted_loss.restricted")
     at_half, accuracy = run.series("logged.value", "val_acc")
     assert steps[np.argmax(restricted < 2)] + 200 <= at_half[np.argmax(accuracy >= 0.5)]
+    # weight decay balances it: a gradient along the weights alone does not keep a network from generalising
+    assert run.series("nlm_cos.cos", "out.weight")[1][50:].min() > 0.8
+    assert "naive_loss_minimisation" not in rules(run)
 
 
 def test_xor_clusters_are_memorised_linearly_first(tmp_path: Path) -> None:
@@ -153,19 +158,69 @@ def test_plain_adam_memorises_without_collapse(tmp_path: Path) -> None:
     early, late = (at(run, "zscore_target.mean", "cross_entropy", step) for step in (100, 300))
     assert late / early == pytest.approx(1.03, abs=0.03)
     assert at(run, "nlm_rate.rate", "cross_entropy", 300) < 0.3 * at(run, "nlm_rate.rate", "cross_entropy", 100)
+    whole, output = ([at(run, *ref, step) for step in (48, 108, 300)] for ref in (
+        ("nlm_cos.total", ""), ("nlm_cos.cos", "4.weight")))  # fmt: skip
+    assert whole == pytest.approx([0.20, 0.64, 0.72], abs=0.06)
+    assert output[0] == pytest.approx(0.16, abs=0.04)
+    assert output[2] == pytest.approx(0.87, abs=0.04)
     assert rules(run)["grokking_phase"] <= 60
+
+
+def collapse(run: Run) -> float:
+    """The step at which a twentieth of the training rows have a loss of exactly zero; infinite if none."""
+    steps, zero = run.series("loss_zero_frac.frac", "cross_entropy")
+    return float(steps[np.argmax(zero >= 0.05)]) if (zero >= 0.05).any() else np.inf
+
+
+def test_a_small_network_stops_learning_in_half_precision_first(tmp_path: Path) -> None:
+    """Oracle: planted fault. a + b mod 23 without weight decay: memorised, naive loss minimisation, then collapse.
+
+    In float16 the softmax has collapsed by step 350 and the cosine has fallen; in float32 the logits grow on.
+    """
+    half = add(tmp_path / "half", 23, 0.7, 421, 3e-3, 1e-30, torch.float16)
+    single = add(tmp_path / "single", 23, 0.7, 421, 3e-3, 1e-30)
+    assert 200 <= collapse(half) <= 280
+    assert collapse(single) == np.inf
+    for run in (half, single):
+        assert at(run, "nlm_cos.cos", "4.weight", 120) > 0.88
+        assert at(run, "logged.value", "val_acc", 420) <= 0.02
+    assert at(half, "nlm_cos.cos", "4.weight", 340) < 0.3
+    assert at(single, "nlm_cos.cos", "4.weight", 420) > 0.9
+    assert 250 <= rules(single)["naive_loss_minimisation"] <= 360
+    head = half.verdict().incidents[0].head
+    assert head.rule == "memorised_without_generalising"
+    assert head.evidence["zero_losses"] >= 0.05
+    rule = load_rules()[head.rule]
+    told = rule.message.format(module=head.module, **head.evidence)
+    assert "learning has stopped because the rows teach only" in told
+    assert rule.remedies[0].import_path == "monitor.remedies.OrthogonalGradient"
 
 
 @pytest.mark.slow
 def test_the_precision_of_the_loss_decides_when_learning_stops(tmp_path: Path) -> None:
-    """Oracle: golden (Prieto et al., a + b mod 59). In float16 losses become zero near step 1,000, not yet in float32.
+    """Oracle: golden (Prieto et al., a + b mod 59). The softmax collapses first in float16, last in float64.
 
-    The zero losses are those of the kernel; the exact rule of absorption comes later.
+    Losses are zero from step 1,000 in float16, 2,500 in float32 and not until 6,000 in float64. Held-out accuracy
+    freezes with them. The output layer's gradient is along its weights until then, and not after. The zero losses are
+    those of the kernel; the exact rule of absorption may come earlier or later. Five minutes.
     """
-    half = add(tmp_path / "half", 59, 0.7, 1300, 5e-4, 1e-30, torch.float16)
-    single = add(tmp_path / "single", 59, 0.7, 1300, 5e-4, 1e-30)
-    steps, zero = half.series("loss_zero_frac.frac", "cross_entropy")
-    assert 900 <= steps[np.argmax(zero >= 0.05)] <= 1200
+    kinds = {"half": torch.float16, "single": torch.float32, "double": torch.float64}
+    half, single, double = (add(tmp_path / name, 59, 0.7, 6001, 5e-4, 1e-30, kind) for name, kind in kinds.items())
+    assert 900 <= collapse(half) <= 1200
     assert at(half, "loss_zero_frac.frac", "cross_entropy", 1200) > 0.5
-    assert single.series("loss_zero_frac.frac", "cross_entropy")[1].max() == 0
+    assert 2300 <= collapse(single) <= 2900
+    assert collapse(double) == np.inf
+    reached = [at(run, "logged.value", "val_acc", 6000) for run in (half, single, double)]
+    assert reached[0] < reached[1] < reached[2]
+    assert reached[0] < 0.04
+    assert reached[1] < 0.07
+    assert reached[2] > 0.05
+    assert at(double, "logged.value", "val_acc", 4500) < 0.8 * reached[2]
+    before, onset, after = (at(single, "nlm_cos.cos", "4.weight", step) for step in (2160, 2640, 3600))
+    assert before == pytest.approx(0.9, abs=0.05)
+    assert onset < 0.5
+    assert after < 0.1
+    assert at(double, "nlm_cos.cos", "4.weight", 6000) == pytest.approx(0.9, abs=0.05)
     assert "memorised_without_generalising" in rules(half)
+    for run in (single, double):
+        assert 600 <= rules(run)["naive_loss_minimisation"] <= 1300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ def column(run: monitor.Run, ref: str, module: str = "") -> list[float]:
 
 
 class _Normed(nn.Module):
-    """Batch statistics, recurrence, a tied and a frozen tensor."""
+    """Batch statistics, recurrence, a tied, a frozen and an unused tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class _Normed(nn.Module):
         self.head = nn.Linear(8, 5)
         self.second.weight = self.first.weight
         self.third.bias.requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.third(torch.tanh(self.second(self.norm(self.first(x)))))
@@ -64,7 +66,7 @@ class _Normed(nn.Module):
 
 
 def normed(watch: Watch) -> str:
-    """BatchNorm, LSTM, dropout, tied and frozen parameters."""
+    """BatchNorm, LSTM, dropout, tied, frozen and unused parameters."""
     trainings.seed()
     return trainings._loop(_Normed(), watch)
 
@@ -98,7 +100,8 @@ def test_bitwise_equal(training: Callable[[Watch], str], tmp_path: Path) -> None
     """Oracle: invariance. Hash of parameters, optimizer state, losses, buffers and all random generators."""
     control = training(lambda _: None)
     handles: list[monitor.Handle] = []
-    curvature = Curvature(every=15, full=2, top=2, blocks=training is normed)
+    more = {"blocks": True, "landscape": 0.1} if training is normed else {}
+    curvature = Curvature(every=15, full=2, top=2, **more)
     assert training(lambda m: handles.append(monitor.attach(m, tmp_path / "run", curvature=curvature))) == control
     handles[0].close()
     run = monitor.open(tmp_path / "run")
@@ -111,6 +114,65 @@ def test_bitwise_equal(training: Callable[[Watch], str], tmp_path: Path) -> None
     else:
         assert "sharpness.value" not in run.refs()
         assert why in absent(run)["curvature"]
+
+
+def test_gpt2_in_a_plain_loop(tmp_path: Path) -> None:
+    """Oracle: invariance, and the dense float64 Hessian of one layer: fused attention, groups, accumulation, one loss.
+
+    The places alone are measured, in a loop that uses nothing of `transformers` but the model.
+    """
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(0, 20, (6, 4, 6), generator=torch.Generator().manual_seed(0))
+
+    def train(watch: Watch) -> tuple[str, nn.Module]:
+        trainings.seed()
+        config = transformers.GPT2Config(
+            vocab_size=20, n_positions=6, n_embd=8, n_layer=2, n_head=2, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+        )
+        model, digest = transformers.GPT2LMHeadModel(config), trainings.Digest()
+        assert model.config._attn_implementation == "sdpa"
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        rest = [p for p in model.parameters() if p.dim() == 1]
+        opt = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1, "lr": 1e-2}, {"params": rest, "lr": 3e-3}])
+        watch(model)
+        state: dict[str, Tensor] = {}
+        for i, rows in enumerate(ids):
+            if i == 4:  # the third update's forward
+                state = {k: v.detach().double() for k, v in model.state_dict().items()}
+            loss = model(input_ids=rows, labels=rows).loss / 2
+            loss.backward()
+            digest.add(loss)
+            if i % 2:
+                opt.step()
+                opt.zero_grad()
+        found = digest.finish(model, opt)
+        model.double().load_state_dict(state)
+        return found, model
+
+    control = train(lambda _: None)[0]
+    handles: list[monitor.Handle] = []
+    curvature = Curvature(every=2, full=9, parameters="transformer.wpe")
+    digest, model = train(lambda m: handles.append(monitor.attach(m, tmp_path / "run", curvature=curvature)))
+    handles[0].close()
+    assert digest == control
+
+    places = model.get_parameter("transformer.wpe.weight").detach().flatten()
+
+    def loss(v: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            total = torch.zeros((), dtype=torch.float64)
+            for rows in ids[4:]:
+                inputs = {"input_ids": rows, "labels": rows}
+                found = torch.func.functional_call(model, {"transformer.wpe.weight": v.view(6, 8)}, kwargs=inputs)
+                total = total + found.loss / 2
+            return total
+
+    run = monitor.open(tmp_path / "run")
+    assert not run.warnings
+    assert column(run, "sharpness.parameters") == [48, 48]
+    assert column(run, "sharpness.examples") == [8, 8]
+    assert column(run, "sharpness.value")[1] == pytest.approx(np.linalg.eigvalsh(dense(loss, places))[-1], rel=1e-3)
+    assert 0 < column(run, "edge_of_stability.ratio")[-1] < 10
 
 
 @pytest.mark.slow
@@ -285,6 +347,36 @@ def test_network_under_adam(dtype: torch.dtype | None, tmp_path: Path) -> None:
     assert column(run, "preconditioned_sharpness.value") == pytest.approx(conditioned, rel=2e-3)
     assert column(run, "preconditioned_sharpness.threshold") == pytest.approx([threshold] * 2)
     assert column(run, "edge_of_stability.ratio") == pytest.approx([c / threshold for c in conditioned], rel=2e-3)
+
+
+def test_landscape(tmp_path: Path) -> None:
+    """Oracle: closed form. Along the eigenvectors of a quadratic, L(a, b) = L + a g_1 + b g_2 + (λ₁ a² + λ₂ b²) / 2."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 4) * torch.tensor([3.0, 1.0, 0.5, 0.1]), torch.randn(20, 1)
+    model = nn.Linear(4, 1)
+    model.bias.requires_grad_(False)
+    opt = torch.optim.SGD(model.parameters(), lr=0.02)
+    values: list[float] = []
+    slopes: list[np.ndarray] = []
+    with monitor.attach(model, tmp_path / "run", curvature=Curvature(every=2, full=1, landscape=0.5)):
+        for _ in range(3):
+            opt.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            values.append(loss.item())
+            slopes.append(model.weight.grad.double().flatten().numpy().copy())  # pyright: ignore
+            opt.step()
+    run = monitor.open(tmp_path / "run")
+    assert [step for name, _, step in run.tables() if name == "landscape"] == [0, 2]
+    table = run.table("landscape", 2).to_pydict()
+    a, b, found = (np.array(table[c]).reshape(11, 11) for c in ("first", "second", "loss"))
+    assert a[:, 0] == pytest.approx(np.linspace(-0.5, 0.5, 11)) == b[0]
+    curvature, vectors = np.linalg.eigh(2 * (x.double().T @ x.double() / 20).numpy())
+    one, two = vectors[:, -1] @ slopes[2], vectors[:, -2] @ slopes[2]
+    one = math.copysign(one, found[-1, 5] - found[0, 5])  # an eigenvector's sign is arbitrary
+    two = math.copysign(two, found[5, -1] - found[5, 0])
+    expected = values[2] + a * one + b * two + (curvature[-1] * a**2 + curvature[-2] * b**2) / 2
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_opposing_rows(tmp_path: Path) -> None:
@@ -479,6 +571,69 @@ def test_what_full_batch_descent_shows(lr: float, steps: int, every: int, rule: 
         assert 0.95 < np.mean(column(run, "edge_of_stability.ratio")[-10:]) < 1.15
 
 
+def full_batch(
+    folder: Path, model: nn.Module, loss: Callable[[], Tensor], lr: float, steps: int, every: int = 40
+) -> set[str]:
+    """Full-batch gradient descent; every measurement is full. What was found."""
+    opt = torch.optim.SGD(model.parameters(), lr=lr)
+    with monitor.attach(model, folder, curvature=Curvature(every=every, full=1)):
+        for _ in range(steps):
+            opt.zero_grad()
+            loss().backward()
+            opt.step()
+    return {f.rule for f in monitor.open(folder).findings()}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_a_saddle_is_found(scale: float, tmp_path: Path) -> None:
+    """Oracle: planted fault. Weights a thousandth of the usual size hold gradient descent where it guesses."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images[:256] / 16, dtype=torch.float32), torch.tensor(labels[:256])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    found = full_batch(tmp_path / "run", model, lambda: F.cross_entropy(model(x), y), 0.05, 130)
+    assert ("indefinite_curvature" in found) == (scale < 1)
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_one_direction_is_found(mean: float, tmp_path: Path) -> None:
+    """Oracle: planted fault, closed form. The mean of inputs is an eigenvector of X'X, far sharper than the others."""
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 8) + mean, torch.randn(200, 1)
+    model = nn.Linear(8, 1)
+    found = full_batch(tmp_path / "run", model, lambda: F.mse_loss(model(x), y), 1e-4, 100, 20)
+    X = torch.cat([x, torch.ones(200, 1)], 1).double().numpy()
+    first, second = np.linalg.eigvalsh(2 * X.T @ X / 200)[::-1][:2]
+    assert ("ill_conditioned" in found) == (first / second > 10) == (mean > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lr", "patch"), [(0.4, True), (0.4, False), (0.1, True)])
+def test_opposing_groups_are_found(lr: float, patch: bool, tmp_path: Path) -> None:
+    """Oracle: planted fault. Twenty of 1,000 digits share a bright corner, half of them labelled 0, half 1."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:1000]
+    x, y = torch.tensor(images / 16, dtype=torch.float32)[order], torch.tensor(labels)[order]
+    if patch:
+        x.view(-1, 8, 8)[:20, :2, :2] = 6.0
+        y[:20] = torch.tensor([0, 1]).repeat_interleave(10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10))
+    found = full_batch(tmp_path / "run", model, lambda: F.cross_entropy(model(x), y), lr, 400)
+    assert ("opposing_groups" in found) == (patch and lr == 0.4)
+    if found:
+        run = monitor.open(tmp_path / "run")
+        rows = run.table("opposing_signals", 360).to_pydict()["row"]
+        assert sum(row < 20 for row in (*rows[:5], *rows[-5:])) >= 8
+
+
 # When ----------------------------------------------------------------------------------------------------------------
 
 
@@ -505,7 +660,22 @@ def test_time_stays_inside_the_budget(factor: float) -> None:
     assert kinds.count("sharpness") == pytest.approx(7 * kinds.count("full"), abs=7)
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"budget": 0.0}, {"budget": 5}, {"top": 0}, {"mode": "test"}])
+def test_a_run_too_short_for_the_sharpness_says_so() -> None:
+    """Oracle: definition. The expected time, until a sharpness was measured."""
+    curvature = Curvature(budget=0.05)
+    now = curvature._now
+    assert curvature.unmet() is None
+    assert curvature.affordable(10.0, 0.01, 0.0, None) and now.planned == "batch"
+    now.between = now.seconds["batch"] = 0.1
+    assert not curvature.affordable(10.0, 0.01, 0.45, None)
+    assert "takes about 1 s, more than 5%" in (curvature.unmet() or "")
+    now.measured = 1
+    assert curvature.unmet() is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"every": 0}, {"budget": 0.0}, {"budget": 5}, {"top": 0}, {"mode": "test"}, {"landscape": 0}]
+)
 def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
     """Oracle: planted fault."""
     with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -115,7 +115,7 @@ opt = torch.optim.AdamW(model.parameters())
 monitor.attach(model, sys.argv[1])
 for i in range(1500):
     if i == 100:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY))
     opt.zero_grad()
     torch.nn.functional.cross_entropy(model(torch.randn(8, 12)), torch.randint(0, 5, (8,))).backward()
     opt.step()

@@ -441,7 +441,7 @@ def test_an_error_at_attach_is_no_reason_not_to_train(tmp_path: Path, monkeypatc
     def broken(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("monitor.record.recorder.Ring", broken)
+    monkeypatch.setattr("monitor.record.rows.Ring", broken)
     model = mlp()
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

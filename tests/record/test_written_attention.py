@@ -269,8 +269,8 @@ def test_products_are_watched_no_longer_than_needed(tmp_path: Path) -> None:
     handles: list[monitor.Handle] = []
 
     def look(*_: Any) -> None:
-        (mode,) = torch.overrides._get_current_function_mode_stack()
-        seen.append(torch.matmul in mode.watched)  # pyright: ignore[reportAttributeAccessIssue]
+        modes = torch.overrides._get_current_function_mode_stack()  # none in a forward at which no site looks
+        seen.append(any(torch.matmul in m.watched for m in modes))  # pyright: ignore[reportAttributeAccessIssue]
 
     block.drop.register_forward_pre_hook(look)  # between softmax and product
     model = Two([block])

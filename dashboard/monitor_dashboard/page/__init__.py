@@ -20,12 +20,12 @@ class Page:
     Attributes:
         title: in the navigation; its lower-case form is the address.
         order: place in the navigation; the smallest opens first.
-        render: draws the page for one run.
+        render: draws the page for one run; True if it also drew another one that is still being written.
     """
 
     title: str
     order: int
-    render: Callable[[View], None]
+    render: Callable[[View], bool | None]
 
 
 def load_pages() -> list[Page]:

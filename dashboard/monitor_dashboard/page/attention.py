@@ -106,10 +106,13 @@ def _findings(view: View) -> None:
     st.html(markup.heading(f"Findings of attention · {len(found)}" if found else "Findings of attention"))
     if not found:
         st.html(markup.line("None."))
+        return
+    told = []
     for finding, others in together(found):
         rule = rules.get(finding.rule)
         more = f" And {others:,} more of this kind." if others else ""
-        st.html(markup.line(f"{finding.title}, {when(finding, rule)}: {describe(finding, rule)}{more}"))
+        told.append((finding.title, f"{when(finding, rule)}: {describe(finding, rule)}{more}"))
+    st.html(markup.table(told, words=True))
 
 
 def _series(view: View, module: str) -> None:

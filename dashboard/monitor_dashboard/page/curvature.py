@@ -50,11 +50,12 @@ def page(view: View) -> None:
     )
     found = _spectra(view)
     if found is not None:
-        caption = "Nodes of the Hessian's density: a colour for the share of all eigenvalues"
+        caption = "Eigenvalues of the Hessian: a colour for the share of them in a cell"
         st.plotly_chart(
             figures.spectra(found, caption, "loss/weight²", window, theme.palette()), key=Key.SPECTRUM, theme=None,
             config=figures.CONFIG,
         )  # fmt: skip
+    _landscape(view)
     if "block_sharpness" in view.metrics:
         metric = view.metrics["block_sharpness"]
         grid = view.grid(data.main_column(metric), *window)
@@ -96,7 +97,7 @@ def _strip(
         return None
     if title == "sharpness" and "preconditioned_sharpness" not in view.metrics:
         columns = (*columns, THRESHOLD)
-    log = title != "hessian_eigenvalue"
+    log = title not in ("hessian_eigenvalue", "batch_sharpness")  # which may be negative
     for ref, name in columns:
         modules = view.modules(ref)
         for module in modules:
@@ -134,6 +135,26 @@ def _spectra(view: View) -> Spectra | None:
     if not any(len(x) for x in nodes):
         return None
     return Spectra(np.concatenate(at), np.concatenate(nodes), np.concatenate(weights))
+
+
+def _landscape(view: View) -> None:
+    """Draw the loss around the weights as it was stored last, if it was."""
+    known = [(attempt, step) for name, attempt, step in view.run.tables() if name == "landscape"]
+    if not known:
+        return
+    attempt, step = max(known)
+    with contextlib.suppress(
+        MonitorError, KeyError, ValueError, pa.ArrowInvalid
+    ):  # a damaged or foreign one is left out
+        table = view.run.table("landscape", step, attempt)
+        x, y, loss = (table.column(c).to_numpy().astype(np.float64) for c in ("first", "second", "loss"))
+        (first, row), (second, column) = np.unique(x, return_inverse=True), np.unique(y, return_inverse=True)
+        values = np.full((len(first), len(second)), np.nan)
+        values[row, column] = loss
+        if np.isfinite(values).any() and min(values.shape) > 1 and np.isfinite([*first, *second]).all():
+            caption = f"Loss at step {step:,} along the two sharpest directions of the Hessian, by distance ‖Δw‖"
+            figure = figures.landscape(first, second, values, caption, theme.palette())
+            st.plotly_chart(figure, key=Key.LANDSCAPE, theme=None, config=figures.CONFIG)
 
 
 def _opposing(view: View) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,6 +29,7 @@ MARKERS = (
     ("local_complexity", ("cut",)),
     ("zscore_target", ("mean",)),
     ("nlm_rate", ("rate",)),
+    ("nlm_cos", ("total", "cos")),
     ("sc_headroom", ("q50",)),
     ("param_norm", ("norm",)),
     ("distance_from_start", ("distance",)),
@@ -104,10 +106,18 @@ def _markers(view: View, window: tuple[int, int]) -> list[Panel]:
         metric = view.metrics.get(name)
         if metric is not None:
             log = metric.plot.log or name == "nlm_rate"
-            panels.append(
-                _strip(name, metric.title, data.unit(metric), _lines(view, metric, columns, window, log=log), log=log)
-            )
+            caption = _growth(view, metric.title) if name == "distance_from_start" else metric.title
+            drawn = _lines(view, metric, columns, window, log=log)
+            panels.append(_strip(name, caption, data.unit(metric), drawn, log=log))
     return panels
+
+
+def _growth(view: View, caption: str) -> str:
+    """The caption with the growth of the whole per factor of e in steps: that of a random walk has an R² near 1."""
+    fit = view.log_distance
+    if fit is None or not math.isfinite(fit.r2):
+        return caption
+    return f"{caption}: {number(round(fit.slope, 2))} · ln t, R² {fit.r2:.2f}"
 
 
 def _lines(

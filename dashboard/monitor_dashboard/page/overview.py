@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import streamlit as st
@@ -10,7 +9,7 @@ import streamlit as st
 from monitor.diagnosis.report import describe
 from monitor.metric import Metric
 from monitor.rule import load_rules
-from monitor_dashboard import data, figures, markup, theme
+from monitor_dashboard import data, figures, markup, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.figures import Panel, Pin
 from monitor_dashboard.keys import Key
@@ -31,8 +30,8 @@ def page(view: View) -> None:
     st.html(markup.verdict(view.verdict))
     charts, words = st.columns([0.7, 0.3], gap="medium")
     with charts:
-        window = _series(view)
-        _parameters(view, window)
+        steps = _series(view)
+        _parameters(view, steps)
     with words:
         _incidents(view)
         _recording(view)
@@ -43,7 +42,7 @@ def _series(view: View) -> tuple[int, int]:
     metrics = {m.id: m for m in view.plotted("line")}
     loss = metrics.pop("loss", None)
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        window = _window(view)
+        steps = window.fields(view.span)
         signal = _choose(Key.SIGNAL, list(metrics), "logit_norm", 190) if metrics else None
         log = loss is not None and st.toggle(
             "log loss", value=view.decades(data.main_column(loss)) > DECADES, key=Key.LOG, bind="query-params",
@@ -51,15 +50,15 @@ def _series(view: View) -> tuple[int, int]:
         )  # fmt: skip
     panels = []
     if loss:
-        panels.append(_panel(view, loss, window, log=log, height=190))
+        panels.append(_panel(view, loss, steps, log=log, height=190))
     if signal:
-        panels.append(_panel(view, metrics[signal], window, log=metrics[signal].plot.log, height=108))
+        panels.append(_panel(view, metrics[signal], steps, log=metrics[signal].plot.log, height=108))
     if panels:
-        _strips(panels, _pins(view, window), window, Key.LINES)
+        _strips(panels, _pins(view, steps), steps, Key.LINES)
     missing = [name for name in ("loss", "logit_norm") if name not in view.metrics]
     if missing:
         st.html(markup.line(f"Not recorded: {', '.join(missing)}"))
-    return window
+    return steps
 
 
 def _choose(key: Key, options: list[str], preferred: str, width: int, **more: Any) -> str:
@@ -69,54 +68,14 @@ def _choose(key: Key, options: list[str], preferred: str, width: int, **more: An
     )
 
 
-def _window(view: View) -> tuple[int, int]:
-    """Two fields for the first and last step to show, and the steps they mean: an empty field follows the run.
-
-    The window is ours, in these fields and the address, because a zoom kept by a chart is lost when its data change.
-    """
-    first, last = view.span
-    st.html(markup.heading("Steps"), width="content")
-    for key, hint in ((Key.FIRST, f"{first:,}"), (Key.LAST, "latest")):
-        st.number_input(
-            key, min_value=0, value=None, step=1, placeholder=hint, key=key, bind="query-params", width=104,
-            label_visibility="collapsed",
-        )  # fmt: skip
-    asked = st.session_state[Key.FIRST], st.session_state[Key.LAST]
-    st.button(
-        "whole run", key=Key.WHOLE, type="tertiary", disabled=asked == (None, None), on_click=_show, args=(None, None)
-    )
-    low, high = (limit if wish is None else wish for wish, limit in zip(asked, (first, last), strict=True))
-    if low > high or low > last or high < first:
-        st.html(markup.line(f"no step {low:,} – {high:,}: this is the whole run"), width="content")
-        return first, last
-    return max(low, first), min(high, last)
-
-
-def _show(first: int | None, last: int | None) -> None:
-    st.session_state[Key.FIRST], st.session_state[Key.LAST] = first, last
-
-
-def _dragged(key: str) -> None:
-    box = st.session_state[key].selection.box
-    if box:
-        low, high = sorted(box[0]["x"])
-        if math.floor(high) > math.ceil(low):
-            _show(max(0, math.ceil(low)), math.floor(high))
-
-
-def _strips(panels: list[Panel], pins: list[Pin], window: tuple[int, int], key: Key) -> None:
-    # a chart that has been dragged keeps its selection: a new window gets a new chart
-    name = f"{key}-{st.session_state[Key.FIRST]}-{st.session_state[Key.LAST]}"
-    st.plotly_chart(
-        figures.lines(panels, pins[:MAX_PINS], window, theme.palette()), key=name, theme=None, config=figures.CONFIG,
-        on_select=lambda: _dragged(name), selection_mode="box",
-    )  # fmt: skip
+def _strips(panels: list[Panel], pins: list[Pin], steps: tuple[int, int], key: Key) -> None:
+    window.chart(figures.lines(panels, pins[:MAX_PINS], steps, theme.palette()), key)
     if len(pins) > MAX_PINS:
         st.html(markup.line(f"{len(pins) - MAX_PINS:,} more findings in these steps are not marked: look closer"))
 
 
 def _lines(
-    view: View, metric: Metric, window: tuple[int, int], *, log: bool, only: str | None = None
+    view: View, metric: Metric, steps: tuple[int, int], *, log: bool, only: str | None = None
 ) -> dict[str, Line]:
     """The lines of a metric by name; of the module ``only`` if given."""
     drawn: dict[str, Line] = {}
@@ -126,36 +85,36 @@ def _lines(
         column = ref.partition(".")[2]
         for module in modules:
             name = column if len(modules) == 1 else module if len(refs) == 1 else f"{module} {column}"
-            drawn[name] = view.line(ref, module, *window, log)
+            drawn[name] = view.line(ref, module, *steps, log)
     return drawn
 
 
 def _panel(
-    view: View, metric: Metric, window: tuple[int, int], *, log: bool, height: int, only: str | None = None
+    view: View, metric: Metric, steps: tuple[int, int], *, log: bool, height: int, only: str | None = None
 ) -> Panel:
-    drawn = _lines(view, metric, window, log=log, only=only)
+    drawn = _lines(view, metric, steps, log=log, only=only)
     title = metric.id if len(drawn) <= MAX_LINES else f"{metric.id} ({MAX_LINES} of {len(drawn)})"
     shown = dict(list(drawn.items())[:MAX_LINES])
     return Panel(title, metric.title, data.unit(metric), shown, log, height)
 
 
-def _pins(view: View, window: tuple[int, int], module: str | None = None) -> list[Pin]:
-    """Findings within the window: heads of incidents, numbered as in the list, then the rest; only of ``module``."""
+def _pins(view: View, steps: tuple[int, int], module: str | None = None) -> list[Pin]:
+    """Findings within these steps: heads of incidents, numbered as in the list, then the rest; only of ``module``."""
     heads, others = [], []
     rules = load_rules()
     for i, incident in enumerate(view.verdict.incidents, start=1):
         for finding in incident.findings:
             rule = rules.get(finding.rule)
-            seen = finding.first_step <= window[1] and finding.last_step >= window[0]
+            seen = finding.first_step <= steps[1] and finding.last_step >= steps[0]
             if seen and module in (None, finding.module) and (rule is None or rule.audit is None):  # a fact has no step
-                first, last = max(finding.first_step, window[0]), min(finding.last_step, window[1])
+                first, last = max(finding.first_step, steps[0]), min(finding.last_step, steps[1])
                 label = str(i) if finding is incident.head else ""
                 pin = Pin(first, last, finding.severity, label, f"{finding.title}: {describe(finding, rule)}")
                 (heads if label else others).append(pin)
     return heads + others
 
 
-def _parameters(view: View, window: tuple[int, int]) -> None:
+def _parameters(view: View, steps: tuple[int, int]) -> None:
     """Modules × steps of one metric, and every such metric of one module below."""
     metrics = {m.id: m for m in view.plotted("heatmap")}
     if not metrics:
@@ -167,20 +126,20 @@ def _parameters(view: View, window: tuple[int, int]) -> None:
         ref = data.main_column(metric)
         modules = list(view.modules(ref))
         module = _choose(Key.MODULE, modules, _suspect(view, modules), 330, format_func=markup.name)
-        grid = view.grid(ref, *window)
+        grid = view.grid(ref, *steps)
         note = "click a row for its series · drag a chart to look closer"
         if grid.hidden:
             note = f"{len(grid.modules)} of {len(modules):,} rows: those with the largest values"
         st.html(markup.line(note), width="content")
-    figure, curves = figures.heat_map(grid, metric.title, module, window, theme.palette(), log=metric.plot.log)
+    figure, curves = figures.heat_map(grid, metric.title, module, steps, theme.palette(), log=metric.plot.log)
     st.plotly_chart(
         figure, key=Key.MAP, theme=None, config=figures.CONFIG, on_select=lambda: _clicked(curves),
         selection_mode="points",
     )  # fmt: skip
     st.html(markup.heading_of(module))
     own = [m for m in metrics.values() if module in view.modules(data.main_column(m))]
-    panels = [_panel(view, m, window, log=m.plot.log, height=84, only=module) for m in own]
-    _strips(panels, _pins(view, window, module), window, Key.DETAIL)
+    panels = [_panel(view, m, steps, log=m.plot.log, height=84, only=module) for m in own]
+    _strips(panels, _pins(view, steps, module), steps, Key.DETAIL)
 
 
 def _clicked(curves: list[str]) -> None:
@@ -208,7 +167,7 @@ def _incidents(view: View) -> None:
             last = max(f.last_step for f in incident.findings)
             margin = max(20, (last - first) // 5)
             st.button(
-                "Show these steps", key=f"{Key.ZOOM}-{i}", type="tertiary", on_click=_show,
+                "Show these steps", key=f"{Key.ZOOM}-{i}", type="tertiary", on_click=window.show,
                 args=(max(0, first - margin), last + margin),
             )  # fmt: skip
 

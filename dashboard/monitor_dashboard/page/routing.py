@@ -16,24 +16,54 @@ from monitor_dashboard.keys import Key
 from monitor_dashboard.page import Page
 
 LOAD = "router_load.load"
-#: Strips: title, metric, its columns, logarithmic.
-Strip = tuple[str, str, tuple[str, ...], bool]
+#: Strips: title, caption, metric, its columns, logarithmic.
+Strip = tuple[str, str, str, tuple[str, ...], bool]
 BALANCE: tuple[Strip, ...] = (
-    ("experts in use", "router_balance", ("effective",), False),
-    ("unevenness", "router_balance", ("cv", "max_violation"), False),
-    ("beyond capacity", "router_balance", ("dropped", "over_capacity"), False),
-    ("margin", "router_balance", ("margin", "mutual_information"), False),
-    ("expert similarity", "expert_similarity", ("mean", "largest"), False),
+    ("experts in use", "Exponential of the entropy of the loads", "router_balance", ("effective",), False),
+    (
+        "unevenness",
+        "Of the loads: deviation over mean; largest over fair, less 1",
+        "router_balance",
+        ("cv", "max_violation"),
+        False,
+    ),
+    (
+        "beyond capacity",
+        "Dropped, or would be at a factor of 1.25",
+        "router_balance",
+        ("dropped", "over_capacity"),
+        False,
+    ),
+    (
+        "margin",
+        "Between the two largest scores; information in a choice",
+        "router_balance",
+        ("margin", "mutual_information"),
+        False,
+    ),
+    ("expert similarity", "Cosine of the weights of two experts", "expert_similarity", ("mean", "largest"), False),
 )
 PATHWAYS: tuple[Strip, ...] = (
-    ("pathway smoothness", "pathway_consistency", ("mean_cosine", "consistency"), False),
-    ("pathway distance", "pathway_distance", ("distance", "half_distance", "chosen_distance"), False),
-    ("pathway churn", "pathway_churn", ("churn",), False),
-    ("routing dimension", "routing_dimension", ("dimension",), False),
+    ("pathway smoothness", "From one layer to the next", "pathway_consistency", ("mean_cosine", "consistency"), False),
+    (
+        "pathway distance",
+        "Edits between two samples",
+        "pathway_distance",
+        ("distance", "half_distance", "chosen_distance"),
+        False,
+    ),
+    ("pathway churn", "Choices changed since the last look", "pathway_churn", ("churn",), False),
+    ("routing dimension", "In which samples are told apart", "routing_dimension", ("dimension",), False),
 )
 CONTROL: tuple[Strip, ...] = (
-    ("control: z-loss", "router_balance", ("z",), True),
-    ("control: entropy", "router_balance", ("normalised", "mean_normalised"), False),
+    ("control: z-loss", "Mean squared log-sum-exp of the scores", "router_balance", ("z",), True),
+    (
+        "control: entropy",
+        "Of a token's probabilities, and of their mean",
+        "router_balance",
+        ("normalised", "mean_normalised"),
+        False,
+    ),
 )
 READING = (
     "Pathways describe routing and show no generalisation by themselves: on labels that cannot be learned they move "
@@ -93,7 +123,7 @@ def _panels(view: View, router: str, strips: Sequence[Strip], window: tuple[int,
     """The strips that were recorded, of the router or of the whole run."""
     metrics = load_metrics()
     panels = []
-    for title, metric, columns, log in strips:
+    for title, caption, metric, columns, log in strips:
         drawn = {}
         for column in columns:
             modules = view.modules(f"{metric}.{column}")
@@ -102,7 +132,7 @@ def _panels(view: View, router: str, strips: Sequence[Strip], window: tuple[int,
                 drawn[column] = view.line(f"{metric}.{column}", module, *window, log)
         if drawn:
             unit = data.unit(metrics[metric]) if len(drawn) == 1 else ""
-            panels.append(Panel(title, metrics[metric].title, unit, drawn, log, 60 + 15 * len(drawn)))
+            panels.append(Panel(title, caption, unit, drawn, log, 64 + 15 * len(drawn)))
     return panels
 
 

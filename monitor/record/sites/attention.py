@@ -39,6 +39,15 @@ _LOGITS = (
     slice(1, attention.STATS.index("qk_bound")),
     slice(attention.STATS.index("k_norm") + 1, None),
 )
+_REENTRANT = "without gradients, as under reentrant activation checkpointing, where nothing can be told of it"
+_NO_BOUND = (
+    "the fused kernel's log-sum-exp cannot be read (dropout or values of another size on a CPU, or activation "
+    "checkpointing): what was found is the largest logit of sampled rows"
+)
+_NO_NORMS = (
+    "attention is written by hand, and its queries and keys cannot be read (activation checkpointing, or logits that "
+    "are more than their product, scaled and masked)"
+)
 #: The ways to call softmax, and to multiply what it gives.
 _SOFTMAX = (torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax)
 _PRODUCTS = frozenset((
@@ -72,11 +81,13 @@ class AttentionSite(Site):
 
     The bound of the largest logit comes every fifth step from the log-sum-exp that the fused kernel has saved for
     backward; everything else every `EVERY` steps from rows, and every `ALL_EVERY` steps the entropy from all of them.
-    Where no log-sum-exp can be read (dropout on a CPU, a saved-tensor hook such as that of activation checkpointing),
-    rows are all there is. Of attention written by hand the largest logit is that of all rows.
+    Where no log-sum-exp can be read (dropout or values of another size on a CPU, a saved-tensor hook such as that of
+    activation checkpointing), rows are all there is. Of attention written by hand the largest logit is that of all
+    rows.
     """
 
     name = "attention"
+    inside_every = BOUND_EVERY
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
@@ -92,6 +103,9 @@ class AttentionSite(Site):
         self._left_out = ""
         self._seen = False
         self._why = ""
+        self._without_gradients = False  # a softmax that may be attention's
+        self._unbounded = False  # a call of the fused kernel whose log-sum-exp could not be read
+        self._kinds: list[tuple[slice, ...]] = []  # what was read of the calls so far
 
     def after(self) -> dict[Any, Watcher]:
         """Watch the fused attention, the function that hides it in `torch.nn.MultiheadAttention`, and its parts."""
@@ -149,7 +163,10 @@ class AttentionSite(Site):
         if not self.due(EVERY) or not self.rec.training or not isinstance(result, Tensor):
             return
         s, dim = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "dim")
-        if type(s) is not Tensor or result.grad_fn is None or s.dim() not in (3, 4) or dim not in (-1, s.dim() - 1):
+        if type(s) is not Tensor or s.dim() not in (3, 4) or dim not in (-1, s.dim() - 1):
+            return
+        if result.grad_fn is None:
+            self._without_gradients |= s.dim() == 4 and self.rec.inside_forward and not torch.is_grad_enabled()
             return
         if s.numel() == 0 or s.shape[-1] < 2 or not s.is_floating_point():
             return
@@ -230,6 +247,7 @@ class AttentionSite(Site):
             values: Any = attention.attention_rows(q, k, at, scale=scale, causal=causal, mask=mask, lse=lse)
             if lse is not None and self.rec.step % ALL_EVERY == 0 and _exact(q, k, mask):
                 values[:, attention.OF_ROWS] = attention.all_rows(q, k, lse, scale=scale, causal=causal, mask=mask)
+            self._unbounded |= lse is None
             self._pending.append(_Call(module, heads, _ALL if lse is not None else _ROWS, values))
         elif lse is not None:
             self._pending.append(_Call(module, heads, _BOUND, attention.lse_max(lse)[:, None]))
@@ -309,6 +327,8 @@ class AttentionSite(Site):
             calls = [c for c in self._held.values() if c.at == kind]
             if calls:
                 self._seen = True
+                if kind not in self._kinds:
+                    self._kinds.append(kind)
                 modules = [a for c in calls for a in self._address(c)]
                 join: Any = torch.cat if isinstance(calls[0].values, Tensor) else attention.np.concatenate
                 values = join([c.values for c in calls])
@@ -331,11 +351,20 @@ class AttentionSite(Site):
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """Attention, if a call of it was seen that could not be read; a model without any lacks nothing."""
-        if self._why and not self._seen:
-            return (("attn_logit_max", f"attention was seen, but {self._why}"),)
+        if not self._seen:
+            if self._why:
+                return (("attn_logit_max", f"attention was seen, but {self._why}"),)
+            if self._without_gradients:
+                return (("attn_logit_max", f"a softmax that may be attention's ran {_REENTRANT}"),)
+            return ()
+        found = []
         if self._left_out:
-            return (("attn_logit_max", f"of the calls of {self._left_out} in one forward only {CALLS} are recorded"),)
-        return ()
+            found.append(("attn_logit_max", f"of the calls of {self._left_out} in one forward only {CALLS} are read"))
+        if self._unbounded and _ALL not in self._kinds:
+            found.append(("attn_logit_max.lse_max", _NO_BOUND))
+        if self._kinds == [_LOGITS]:
+            found.append(("qk_norm_bound", _NO_NORMS))
+        return found
 
 
 def _larger(a: Any, b: Any) -> Any:

@@ -17,6 +17,10 @@ from monitor.record.site import Site
 
 #: Read all rows up to this many logits; above it, about `ROWS` rows evenly spaced from a random start.
 ALL, ROWS = 1 << 14, 256
+#: Most logits of which a copy is made (64 MiB of float32): where rows do not lie one after another.
+COPIED = 1 << 24
+#: Most logits whose log-probabilities are made at a time (4 MiB of float32), where those of the loss cannot be read.
+MADE = 1 << 20
 #: Steps between two looks at what needs an exponential of every logit.
 EVERY = 5
 _IGNORE = -100
@@ -82,7 +86,7 @@ class LogitsSite(Site):
             else:
                 rows, targets = self._sample(z, y)
                 assert targets is not None
-                seen = loss_rows.loss_rows(rows.to(dtype).log_softmax(1), targets, ignore)
+                seen = _own_rows(rows, targets, dtype, ignore)
             self._pending.append(("loss_rows", loss_rows.STATS, name, seen, loss_rows.MERGE, ()))
 
     def _sample(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -92,6 +96,8 @@ class LogitsSite(Site):
         """
         rows = z.movedim(1, -1)
         count = rows.shape[:-1].numel()
+        if rows.is_contiguous():  # as of a language model, (batch, class, token): rows are read where they lie
+            rows, y = rows.flatten(0, -2), None if y is None else y.flatten()
         if rows.dim() == 2 and rows.numel() <= ALL:
             return rows, y
         stride = max(1, count // ROWS) | 1
@@ -100,6 +106,8 @@ class LogitsSite(Site):
             return rows[start::stride], None if y is None else y[start::stride]
         if rows.numel() <= ALL:
             start, stride = 0, 1
+        else:
+            stride = max(stride, -(-count * rows.shape[-1] // COPIED) | 1)
         at = torch.arange(start, count, stride, device=z.device)
         where = torch.unravel_index(at, rows.shape[:-1])
         return rows[where], None if y is None else y.reshape(-1)[at]
@@ -138,6 +146,18 @@ def _counting(targets: Tensor | None, ignore: int) -> Tensor | None:
         return None
     valid = targets != ignore
     return None if valid.device.type == "cpu" and bool(valid.all()) else valid
+
+
+def _own_rows(rows: Tensor, targets: Tensor, dtype: torch.dtype, ignore: int) -> Values:
+    """The statistics of `loss_rows` for rows whose log-probabilities are made here, some at a time."""
+    part = max(1, MADE // rows.shape[1])
+    parts = [
+        loss_rows.loss_rows(r.to(dtype).log_softmax(1), y, ignore)
+        for r, y in zip(rows.split(part), targets.split(part), strict=True)
+    ]
+    if isinstance(parts[0], Tensor):
+        return torch.stack(parts).sum(0)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return [sum(column) for column in zip(*parts, strict=True)]
 
 
 def _loss_dtype(z: Tensor) -> torch.dtype:

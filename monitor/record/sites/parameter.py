@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from monitor.record.passes import distance, update
+from monitor.record.passes import alignment, distance, update
 from monitor.record.site import Site
 
 #: Tensors of up to this many elements are handled together, larger ones alone, so that the second half of the work
@@ -47,7 +47,10 @@ class _Group:
 
 
 class ParameterSite(Site):
-    """Keeps one copy of the trainable parameters to know the true update, and a sixteenth of one for the distance."""
+    """Keeps one copy of the trainable parameters to know the true update and what the gradient was taken at.
+
+    Of where they began it keeps a sixteenth, for the distance.
+    """
 
     name = "parameter"
 
@@ -76,9 +79,17 @@ class ParameterSite(Site):
         names: list[str] = []
         values: list[Tensor] = []
         moved: list[Tensor] = []
+        aligned: list[str] = []
+        angles: list[Tensor] = []
         for group in self._plan(optimizer):
             now = [_local(p) for p in group.params]
             if group.copied == self.rec.step - 1:
+                given = [(name, g, w) for name, p, w in zip(group.names, group.params, group.before, strict=True)
+                         if (g := _gradient(p)) is not None]  # fmt: skip
+                if given:
+                    some, grads, before = zip(*given, strict=True)
+                    aligned += some
+                    angles.append(alignment.alignment_stats(grads, before))  # the update's pass overwrites the copies
                 names += group.names
                 values += update.update_stats(group.before, now)
                 if self.rec.step % EVERY == 0:
@@ -93,6 +104,8 @@ class ParameterSite(Site):
             self.rec.emit_many("update", update.STATS, names, torch.stack([v.float() for v in values]).view(-1, 2))
         if moved:
             self.rec.emit_many("distance", distance.STATS, names, torch.stack(moved))
+        if aligned:
+            self.rec.emit_many("alignment", alignment.STATS, aligned, torch.cat(angles))
 
     def _plan(self, optimizer: Optimizer) -> list[_Group]:
         """Parameters in groups, made anew when the set of trained parameters changes."""
@@ -131,3 +144,9 @@ def _local(p: Tensor) -> Tensor:
         return p
     local = getattr(p, "_local_tensor", None)
     return local if isinstance(local, Tensor) else p
+
+
+def _gradient(p: Tensor) -> Tensor | None:
+    """This rank's values of a parameter's dense gradient; None without one."""
+    g = None if p.grad is None else _local(p.grad)
+    return g if type(g) is Tensor and g.layout is torch.strided and g.numel() > 0 else None

@@ -166,16 +166,20 @@ class ProbeSite(Site):
         self.rec.probed += s.last
 
     def missing(self) -> Sequence[tuple[str, str]]:
-        """Probes that could not be measured."""
+        """Probes that could not be measured. Of those that nobody asked for, only what the model would have had."""
         if self._began is None:
             return [
                 (s.probe.name, "no call of the model in training was seen") for s in self._all if not s.probe.default
             ]
-        return [
-            (s.probe.name, s.why_not)
-            for s in self._all
-            if s.why_not is not None and not (s.probe.default and s.spent == 0)
-        ]
+        found = []
+        for s in self._all:
+            if s.why_not is not None:
+                found += [(s.probe.name, s.why_not)] if not s.probe.default or s.spent > 0 else []
+            elif s.spent == 0 and s.probe.every is None and not (s.probe.default and s.probe.wanted(self.rec)):
+                found.append((s.probe.name, f"not within its share of {s.probe.share:.0%} of the time so far"))
+            elif (unmet := s.probe.unmet()) is not None:
+                found.append((s.probe.name, unmet))
+        return found
 
 
 def _impossible(models: Sequence[nn.Module]) -> str | None:

@@ -60,6 +60,11 @@ _EARLY = STATS.index("early_z")
 PART, _APART = 0.05, 1.1
 _NUMBERS = (Tensor.cumsum, torch.cumsum)
 _COMPARISONS = (Tensor.lt, Tensor.le, torch.lt, torch.le)
+_NO_SCORES = "the scores before the softmax cannot be read, as under activation checkpointing"
+_REENTRANT = (
+    "a top-k that may be a router's ran without gradients, as under reentrant activation checkpointing, where nothing "
+    "can be told of it"
+)
 _MAXIMA = (Tensor.argmax, torch.argmax, Tensor.max, torch.max)
 
 
@@ -104,6 +109,7 @@ class RouterSite(Site):
     """Loads, entropies and scores of every router, every `EVERY` steps."""
 
     name = "router"
+    inside_every = EVERY
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
@@ -115,6 +121,8 @@ class RouterSite(Site):
         self._sizes: dict[str, int] = {}
         self._samples: dict[str, list[Tensor]] = {}
         self._past: dict[str, list[tuple[int, Any]]] = {}
+        self._without_gradients = False  # a choice that may be a router's
+        self._without_scores = True  # of every router so far
 
     def after(self) -> dict[Any, Watcher]:
         """Watch every way to call top-k, a maximum, and what a limit of capacity is made of."""
@@ -142,12 +150,15 @@ class RouterSite(Site):
             self._choose(scores, dim, chosen, largest=True)
 
     def _choose(self, scores: Any, dim: int, chosen: Any, largest: bool = False) -> None:
-        if type(scores) is not Tensor or type(chosen) is not Tensor or scores.grad_fn is None:
+        if type(scores) is not Tensor or type(chosen) is not Tensor:
             return
         experts = scores.shape[-1]
         if dim not in (-1, scores.dim() - 1) or scores.dim() < 2:
             return
         if not 2 <= experts <= EXPERTS or chosen.shape[-1] >= experts:
+            return
+        if scores.grad_fn is None:
+            self._without_gradients |= not largest and not torch.is_grad_enabled()
             return
         source = _source(scores.grad_fn, experts)
         if source is None:
@@ -172,6 +183,7 @@ class RouterSite(Site):
         if z is None:
             z = _log_probabilities(source, scores, some)
             absent = absent if z is not None else _NEEDS_ROWS
+        self._without_scores = self._without_scores and bool(absent)
         # a second choice from the same scores (among groups, then among experts) stands for the first
         self._pending[key] = _Choice(router_sums(chosen, experts, z), absent, address, chosen, experts, [])
 
@@ -277,7 +289,11 @@ class RouterSite(Site):
         self._row.clear()
 
     def missing(self) -> Sequence[tuple[str, str]]:
-        """Loads of experts beyond `LOADS`. A model without routers misses nothing."""
+        """Loads of experts beyond `LOADS`, and choices of which too little can be told. None without routers."""
+        if self._without_gradients and not self.routers:
+            return (("router_balance", _REENTRANT),)
+        if self.routers and self._without_scores:
+            return (("router_balance.z", _NO_SCORES),)
         left = [name for name, size in self._sizes.items() if size == 0]
         if not left:
             return ()

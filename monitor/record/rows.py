@@ -1,0 +1,116 @@
+"""The rows of a recording: what sites emit goes into the open one, and closed ones go to the tail and to the writer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from monitor.record.flush import Flusher
+from monitor.record.ring import Ring, Values
+
+#: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
+BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
+
+
+class OpenRow:
+    """The row of the step under way, and the closed ones that have not been handed on.
+
+    Args:
+        device: where the training runs.
+        flusher: takes the rows.
+    """
+
+    def __init__(self, device: torch.device, flusher: Flusher) -> None:
+        self._flusher = flusher
+        self._ring = Ring(device, BLOCK_ROWS)
+        self._emitted: dict[tuple[str, str], tuple[int, int]] = {}
+        self._handed_on = time.perf_counter()
+
+    def emit(
+        self,
+        epoch: int,
+        reads: str,
+        stats: Sequence[str],
+        module: str,
+        values: Values,
+        merge: Sequence[str],
+        at: slice,
+        absent: Sequence[int],
+    ) -> None:
+        """Write the statistics of one module, as `Recorder.emit`; those of one ``epoch`` are merged."""
+        self._make_room(reads, stats, (module,))
+        place = self._ring.place(reads, module)
+        before, count = self._emitted.get((reads, module), (-1, 0))
+        if merge and before == epoch:
+            values = _merged(merge[at], self._ring.view(reads)[place][at], values, count)
+            count += 1
+        else:
+            count = 1
+        self._emitted[(reads, module)] = (epoch, count)
+        self._ring.write(reads, place, at, values)
+        if absent:
+            self._ring.blank(reads, place, absent)
+
+    def emit_many(self, reads: str, stats: Sequence[str], modules: Sequence[str], values: Values, at: slice) -> None:
+        """Write the statistics of several modules, as `Recorder.emit_many`."""
+        self._make_room(reads, stats, modules)
+        self._ring.write(reads, self._ring.places(reads, modules), at, values)
+
+    def _make_room(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> None:
+        if self._ring.known(reads, modules):
+            return
+        self._drain(wait=True)
+        block = self._ring.widen(reads, stats, modules)
+        if block is not None:
+            self._flusher.take(block)
+        self._flusher.layout(self._ring.layout)
+
+    def close(self, step: int) -> None:
+        """Close the row as that of ``step`` and begin the next; hand on the closed ones when it is time."""
+        if self._ring.layout.size:
+            self._ring.commit(step)
+            self._drain()
+            if self._ring.full or time.perf_counter() - self._handed_on > BLOCK_SECONDS:
+                self.hand_on()
+        self._emitted.clear()
+
+    def _drain(self, wait: bool = False) -> None:
+        number = self._ring.layout.number
+        for step, payload in self._ring.ready(wait):
+            self._flusher.row(step, number, payload)
+
+    def hand_on(self, wait: bool = False) -> None:
+        """Give the closed rows to the writer.
+
+        Args:
+            wait: also if the device has not copied all of them yet. A full block must go; one that is merely old can
+                wait.
+        """
+        if not wait and not self._ring.full and not self._ring.settled:
+            return
+        self._drain(wait=True)
+        block = self._ring.take(wait=True)
+        if block is not None:
+            self._flusher.take(block)
+        self._handed_on = time.perf_counter()
+
+    def move(self, device: torch.device) -> None:
+        """Go on with rows on another device."""
+        self.hand_on(wait=True)
+        self._ring.move(device)
+
+
+def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Tensor:
+    """Statistics of ``count`` micro-batches and of one more."""
+    fresh = torch.as_tensor(new, dtype=torch.float32, device=old.device)
+    joined = {
+        "sum": lambda a, b: a + b,
+        "max": torch.maximum,
+        "min": torch.minimum,
+        "mean": lambda a, b: (a * count + b) / (count + 1),
+        "last": lambda a, b: b,
+    }
+    return torch.stack([joined[op](a, b) for op, a, b in zip(merge, old, fresh, strict=True)])
