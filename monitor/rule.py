@@ -117,7 +117,7 @@ class Rule:
         refute: what observation would show the finding to be wrong.
         remedies: what to do, most useful first.
         params: thresholds and windows, each with its source.
-        needs: columns it reads, as ``"metric.column"``; empty for a rule over facts.
+        needs: columns it reads, as ``"metric.column"``, that of what it judges first; empty for a rule over facts.
         check: ``(Window, {param: value}) -> Hits…`` for a rule over series. Must depend on at most ``lookback``
             recorded points before the one it judges, and on nothing after it.
         audit: ``(facts, {param: value}) -> FactHit…`` for a rule over facts.
