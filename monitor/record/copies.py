@@ -1,63 +1,66 @@
-"""Keeps our hooks out of copies and saved files of a hooked module: those are as if it had never been recorded."""
+"""Keeps our hooks out of copies and saved files of a hooked module: those are as if it had never been recorded.
+
+A hook in a saved model could not be loaded with ``weights_only=True``, whatever stands for it there.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Set
 from typing import Any
 
 from torch import nn
 
-#: Where a module keeps its forward hooks by number, and what it remembers of them by the same number.
-_KEPT = {
-    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-}
-_NAME = "__getstate__"
+#: Where a module keeps forward hooks by number, and what it remembers of them by the same number.
+_KEPT = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
-class WithoutHooks:
-    """What pickle, `copy.deepcopy` and `torch.save` ask a hooked module for, found on the instance before its class.
+class _Hooks(OrderedDict[int, Any]):
+    """A module's hooks, copied and pickled as a plain dictionary without ours."""
 
-    A hook in a saved model could not be loaded with ``weights_only=True``, whatever stands for it there. Classes that
-    copy or pickle themselves in a way of their own are left alone.
+    ours: Set[int] = frozenset()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return OrderedDict((n, hook) for n, hook in self.items() if n not in self.ours).__reduce_ex__(protocol)
+
+
+class HiddenHooks:
+    """The hooks that no copy of a module shall have.
+
+    Where the module has hooks of the user's already, it keeps its dictionaries, to which their handles refer, and ours
+    are seen by those who copy it.
 
     Args:
-        module: a module with hooks.
-        hooks: the hooks that no copy shall have.
+        module: whose hooks are to be hidden; before they are registered.
     """
 
-    def __init__(self, module: nn.Module, hooks: tuple[object, ...]) -> None:
-        kind = type(module)
+    def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self._hooks = hooks
-        self._usual = (
-            kind.__reduce_ex__ is object.__reduce_ex__
-            and kind.__reduce__ is object.__reduce__
-            and not hasattr(kind, "__deepcopy__")
-            and _NAME not in module.__dict__
-        )
-        if self._usual:
-            object.__setattr__(module, _NAME, self)
+        self._numbers: set[int] = set()
+        self._hidden: list[str] = []
+        if not any(module.__dict__[key] for key in _KEPT):
+            for key in _KEPT:
+                hooks = _Hooks()
+                hooks.ours = self._numbers
+                module.__dict__[key] = hooks
+                self._hidden.append(key)
 
-    def __call__(self) -> Any:
-        """The module's state without our hooks and without this object."""
-        module = self._module()
-        assert module is not None  # it is asking
-        state: Any = type(module).__getstate__(module)
-        if not isinstance(state, dict):
-            return state
-        state = {k: v for k, v in state.items() if k != _NAME}
-        for kept, numbers in _KEPT.items():
-            held = state.get(kept) or {}
-            ours = {number for number, hook in held.items() if any(hook is h for h in self._hooks)}
-            for key in (kept, *numbers):
-                if not ours.isdisjoint(state.get(key) or ()):
-                    state[key] = OrderedDict((n, x) for n, x in state[key].items() if n not in ours)
-        return state
+    def hide(self, handle: Any) -> Any:
+        """Hide the hook that this handle removes; gives the handle back."""
+        self._numbers.add(handle.id)
+        return handle
 
     def remove(self) -> None:
-        """Take it off the module."""
+        """Give the module plain dictionaries again, if nobody else has put a hook there."""
         module = self._module()
-        if self._usual and module is not None:
-            module.__dict__.pop(_NAME, None)
+        for key in self._hidden if module is not None else ():
+            held = module.__dict__.get(key)
+            if isinstance(held, _Hooks) and held.ours is self._numbers and not held:
+                module.__dict__[key] = OrderedDict()

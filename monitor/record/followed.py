@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from monitor.record.facts import model_facts, parameter_names, unwrap
+from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
+
+#: Layers that compute otherwise in evaluation when a mode is on the stack.
+FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class Followed:
@@ -195,3 +198,20 @@ def find_models(optimizer: Optimizer) -> list[nn.Module]:
         found.append(best[0])
         wanted -= best[1]
     return found
+
+
+def find_bystanders(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """The outermost modules alive beside ``roots`` that a mode on the stack would disturb: a teacher, a critic.
+
+    Args:
+        roots: root modules that are followed.
+
+    Returns:
+        Modules that hold a layer with a fast path, or one that is compiled. None that a root is a part of.
+    """
+    mine = {id(m) for root in roots for m in root.modules()}
+    others = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and id(m) not in mine]
+    apart = [m for m in others if not any(id(x) in mine for x in m.modules())]
+    inner = {id(child) for m in apart for child in m.children()}
+    outer = [m for m in apart if id(m) not in inner and not isinstance(m, FAST[1:])]  # which drop it for a hook as well
+    return [m for m in outer if compiled_regions(m) or any(isinstance(x, FAST) for x in m.modules())]

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import random
+import sys
 import threading
 import time
 import warnings
@@ -26,10 +27,10 @@ from torch.optim.optimizer import (
 )
 
 from monitor.errors import MonitorWarning
-from monitor.record.copies import WithoutHooks
+from monitor.record.copies import HiddenHooks
 from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Flusher
-from monitor.record.followed import Followed, children_called
+from monitor.record.followed import FAST, Followed, children_called, find_bystanders
 from monitor.record.mode import StepMode, Watcher
 from monitor.record.private import alone, inside_functorch, quiet
 from monitor.record.probe import Probe
@@ -123,9 +124,14 @@ class Recorder:
         self._unscaled_since_backward = False
         self._depth = 0
         self._was_on = False
-        self._forwards = 0
+        self.forwards = 0  # of root modules in this step
+        self.blind = False  # calls inside one of them were not watched
         self._eval_trained = False
         self._always_on = False
+        self._layers: dict[int, list[nn.Module]] = {}
+        self._kept_fast = False
+        self._beside: set[int] = set()  # modules that are not ours
+        self._asides: list[bool] = []  # the mode was taken off for a call of one of them
         self._called_inside = False  # a loss, a backward or a clipping inside a root module's forward
         self._thread: int | None = None  # that trains; known from the first training forward or update
         self._pid = os.getpid()
@@ -170,10 +176,16 @@ class Recorder:
             return
         self._entries[id(module)] = False
         self._prefixes[id(module)] = prefix
-        before, after = _Before(self), _After(self)
-        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-        self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-        self._hooks.append(WithoutHooks(module, (before, after)))
+        self._hook(module, _Before(self), _After(self))
+
+    def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+        hidden = HiddenHooks(module)
+        for handle in (
+            module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            module.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ):
+            self._hooks.append(hidden.hide(handle))
+        self._hooks.append(hidden)
 
     def prefix(self, module: nn.Module) -> str:
         """What distinguishes the arguments of one hooked module from those of the others; empty for the first root."""
@@ -293,7 +305,7 @@ class Recorder:
         self.in_step = False
         self._thread = threading.get_ident()
         with quiet():
-            if self._forwards == 0:
+            if self.forwards == 0:
                 self._follow_device()
             if not self.followed.stepped:
                 self._expected = frozenset(self.followed.alive(self.step))
@@ -319,14 +331,20 @@ class Recorder:
         self._depth += 1
         if self._depth > 1:
             return
-        if self._forwards == 0:
+        if self.forwards == 0:
             self._follow_device()
-        self._forwards += 1
+            if self.rows == 0:
+                self._look_for_bystanders()
+        self.forwards += 1
         self._was_on = self.mode.on_stack()
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
         if self.training:
             self._thread = threading.get_ident()
-        self._set(self.training and module.training and self._looks_inside() and not self._compiled(module))
+        inside = self._looks_inside()
+        self.blind |= self.training and not inside
+        self._set(
+            self.training and module.training and inside and not self._compiled(module) and not self._fast(module)
+        )
         if self.training:
             with quiet():
                 self._at("on_forward", module, args, kwargs)
@@ -348,9 +366,32 @@ class Recorder:
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
             self._set(True if torch.is_grad_enabled() else self._was_on)
 
+    def _look_for_bystanders(self) -> None:
+        """Hook the calls of modules beside ours that must not meet the mode, which is on the stack until the step."""
+        for module in find_bystanders(self.roots):
+            if id(module) not in self._beside:
+                self._beside.add(id(module))
+                self._hook(module, _Aside(self), _Back(self))
+
+    def step_aside(self, module: nn.Module) -> None:
+        """``module``, which is not ours, is called: no mode on the stack if it evaluates, or is compiled."""
+        if torch.compiler.is_compiling() or not self._here():
+            return
+        evaluates = not (module.training and torch.is_grad_enabled())
+        self._asides.append(self.mode.on_stack() and (evaluates or bool(compiled_regions(module))))
+        if self._asides[-1]:
+            self.mode.leave()
+
+    def step_back(self) -> None:
+        """It has been called."""
+        if not torch.compiler.is_compiling() and self._here() and self._asides and self._asides.pop():
+            self.mode.enter()
+
     def _looks_inside(self) -> bool:
         """True if calls inside this forward are of interest: while the mode is on the stack, each one costs more."""
         first = self.rows < START  # also of a run that is resumed
+        # a region that was compiled with the mode on the stack would be compiled again without it
+        self._called_inside |= _compiles()
         return self._called_inside or first or any(site.due(site.inside_every) for site in self._inside)
 
     def _compiled(self, module: nn.Module) -> bool:
@@ -359,6 +400,15 @@ class Recorder:
         if known is None or self.rows < 3 or self.rows % 100 == 0:
             known = self._entries[id(module)] = bool(compiled_regions(module))
         return known
+
+    def _fast(self, module: nn.Module) -> bool:
+        """True if ``module`` is trained around layers in evaluation, which a mode would take off their fast path."""
+        held = self._layers.get(id(module))
+        if held is None or self.rows < 3 or self.rows % 100 == 0:
+            held = self._layers[id(module)] = [m for m in module.modules() if isinstance(m, FAST)]
+        fast = any(not m.training for m in held)
+        self._kept_fast |= fast
+        return fast
 
     def _here(self) -> bool:
         return self.active and not self.mode.inside and self._thread in (None, threading.get_ident())
@@ -372,10 +422,11 @@ class Recorder:
 
     def _rearm(self) -> None:
         """After a step: off the stack until the next training forward, if there are forwards we see."""
-        if self._forwards == 0 and not self._always_on and self.rows <= 2:
+        if self.forwards == 0 and not self._always_on and self.rows <= 2:
             self._look_for_entries()
         self._set(self._always_on)
-        self._forwards = 0
+        self.forwards = 0
+        self.blind = False
         self._depth = 0
 
     def _look_for_entries(self) -> None:
@@ -468,6 +519,11 @@ class Recorder:
         if regions and any(metric == "loss" for metric, _ in found):
             why = f"{regions[0]} is compiled in place, so its calls cannot be seen without recompiling it"
             found = [(metric, why if metric in _IN_FORWARD else reason) for metric, reason in found]
+        if self._kept_fast:
+            why = (
+                "a transformer layer in evaluation is inside the model: it leaves its fast path when calls are watched"
+            )
+            found.append(("attn_logit_max", why))
         return found
 
     def close(self) -> None:
@@ -511,13 +567,19 @@ class Recorder:
             self.mode.leave()
 
 
+def _compiles() -> bool:
+    """True once Dynamo has compiled something in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and dynamo.counters["frames"]["total"] > 0
+
+
 def _transformed() -> bool:
     """True where tensors stand for something else: under `torch.func`, and in `torch.jit.trace`, which keeps ours."""
     return inside_functorch() or torch.jit.is_tracing()
 
 
 class _Stays:
-    """A hook for which, where a module copies or saves itself in a way of its own, one stands that does nothing.
+    """A hook for which one stands that does nothing where it could not be kept out of a copy (`HiddenHooks`).
 
     What stands there is of the standard library, so that a saved model loads where there is no monitor.
     """
@@ -550,6 +612,16 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Aside(_Stays):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._recorder.step_aside(module)
+
+
+class _Back(_Stays):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._recorder.step_back()
 
 
 def _both(first: Watcher | None, second: Watcher) -> Watcher:

@@ -104,29 +104,57 @@ def _saved(model: nn.Module) -> io.BytesIO:
     return file
 
 
+class _Inner(nn.Linear):
+    """Says what is saved of it in a way of its own."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"inner": self.__dict__.copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state["inner"])
+
+
 @pytest.mark.parametrize("closed", [False, True])
-def test_a_recorded_model_is_saved_as_if_it_were_not(closed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [nn.Linear, _Inner])
+def test_a_recorded_model_is_saved_as_if_it_were_not(kind: type[nn.Linear], closed: bool, tmp_path: Path) -> None:
     """Oracle: invariance. The same names are needed to load it, and it holds the user's hooks and no others."""
 
     def saved(record: bool) -> bytes:
-        model = mlp()
-        model.register_forward_pre_hook(_mine, with_kwargs=True)
+        model = kind(12, 5)
         handle = monitor.attach(model, tmp_path / "run") if record else None
+        mine = model.register_forward_pre_hook(_mine, with_kwargs=True)
         train(model, 3)
         if handle is not None and closed:
             handle.close()
-        return pickle.dumps(model, 2)
+        data = pickle.dumps(model, 2)
+        mine.remove()
+        assert not model._forward_pre_hooks or (handle is not None and not closed)
+        return data
 
     def needed(data: bytes) -> set[object]:
         return {name for op, name, _ in pickletools.genops(data) if op.name == "GLOBAL"}
 
     ours, plain = saved(True), saved(False)
     assert needed(ours) == needed(plain)
-    assert list(vars(pickle.loads(ours))) == list(vars(pickle.loads(plain)))
-    model = pickle.loads(ours)
+    model, other = pickle.loads(ours), pickle.loads(plain)
+    assert list(vars(model)) == list(vars(other))
+    assert [type(x) for x in vars(model).values()] == [type(x) for x in vars(other).values()]
     assert list(model._forward_pre_hooks.values()) == [_mine]
     assert len(model._forward_pre_hooks_with_kwargs) == 1
     assert not model._forward_hooks and not model._forward_hooks_always_called
+
+
+def test_a_copy_by_hand_is_itself(tmp_path: Path) -> None:
+    """Oracle: invariance. A copy of the attributes with weights of its own is saved with those."""
+    model = nn.Linear(12, 5)
+    with monitor.attach(model, tmp_path / "run"):
+        train(model, 3)
+        other = nn.Linear(12, 5)
+        other.__dict__.update(model.__dict__)
+        other._parameters = dict(other._parameters)
+        other.weight = nn.Parameter(torch.full((5, 12), 7.0))
+        assert (copy.deepcopy(other).weight == 7).all()
+    assert not copy.deepcopy(other)._forward_hooks
 
 
 def test_a_recorded_model_loads_with_weights_only(tmp_path: Path) -> None:

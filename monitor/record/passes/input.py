@@ -52,14 +52,14 @@ def input_stats(x: Tensor) -> Tensor | list[float]:
 def _extremes(x: Tensor) -> Any:
     """Smallest and largest element, NaN if any is: numbers where numpy can read them, which is thrice as fast."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        a = x.detach().numpy()
+        a = x.detach().resolve_neg().numpy()
         return a.min(), a.max()
     return torch.aminmax(x)
 
 
 def _fingerprint(x: Tensor) -> Tensor | float:
     """Multiply-shift hash (Dietzfelbinger et al., 1997) of the bits: below 2^24, so that a float32 holds it exactly."""
-    bits = x.detach().view(_BITS[x.element_size()])
+    bits = x.detach().resolve_neg().view(_BITS[x.element_size()])
     stride = max(1, bits.numel() // _SAMPLE)
     if x.device.type == "cpu":
         some = bits.numpy().reshape(-1)[::stride][:_SAMPLE]

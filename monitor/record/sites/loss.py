@@ -38,6 +38,7 @@ class LossSite(Site):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self._calls: list[_Call] = []
+        self._usual = (0, 0)  # calls and root forwards of the last step that was watched as a whole
         self._seen = False
         self._why = "no call of backward was seen"
 
@@ -62,6 +63,10 @@ class LossSite(Site):
         inside = [c for c in calls if c.in_step]
         if len(inside) > 1:  # a closure evaluated again and again along a search direction
             calls = inside[:1]
+        if not self.rec.blind:
+            self._usual = len(calls), self.rec.forwards
+        elif len(calls) < self._usual[0] and self.rec.forwards >= self._usual[1]:
+            return  # the others were made where nobody looked: a part of the sum would pass for the whole
         if not calls:
             return
         self._seen = True
