@@ -2,7 +2,10 @@
 
     value = what ``handle.log(name=value)`` was given during the step
 
-one series per name, recorded at the steps at which it was logged and absent in between.
+one series per name, recorded at the steps at which it was logged and absent in between. If no loss is logged,
+evaluations are looked for: forwards of the model in `eval()` without gradients whose output is a loss, or holds one as
+``loss`` or in a tuple. Their mean over batches since the last step is ``eval_loss`` of the next; a script that
+evaluates training data in the same pass has them in it.
 
 Healthy, unhealthy: as the script means it. A validation loss that rises while `loss` falls is overfitting; a
 validation accuracy that rises long after the training accuracy has reached 1 is grokking.

@@ -142,7 +142,15 @@ class Recorder:
         # most sites care for few of the moments of a step: call those only
         self._on = {
             moment: [site for site in self.sites if getattr(type(site), moment) is not getattr(Site, moment)]
-            for moment in ("on_forward", "on_output", "on_backward", "before_update", "on_step", "on_row")
+            for moment in (
+                "on_forward",
+                "on_output",
+                "on_evaluation",
+                "on_backward",
+                "before_update",
+                "on_step",
+                "on_row",
+            )
         }
         before: dict[Any, Watcher] = {torch.Tensor.backward: self._commit_pending}
         before[torch.autograd.backward] = self._commit_pending
@@ -363,6 +371,9 @@ class Recorder:
             if self.training:
                 with quiet():
                     self._at("on_output", module, args, kwargs, output)
+            elif not module.training and not torch.is_grad_enabled():
+                with quiet():
+                    self._at("on_evaluation", module, output)
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
             self._set(True if torch.is_grad_enabled() else self._was_on)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
@@ -13,6 +15,12 @@ import monitor
 from monitor.record.site import START
 
 STEPS = 23
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Where anything has been compiled, every forward is watched."""
+    torch._dynamo.utils.counters.clear()
 
 
 class Model(nn.Module):

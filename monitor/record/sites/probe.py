@@ -55,7 +55,7 @@ class ProbeSite(Site):
         given = {type(p) for p in recorder.probes}
         self._all += [_Scheduled(kind()) for kind in DEFAULT if kind not in given]
         self._keeps = any(s.probe.keeps_first for s in self._all)
-        self._began: float | None = None
+        self._began = 0.0
         self._steps = 0
         self._spent = 0.0  # by the recorder before the first step
         self._due: list[_Scheduled] = []
@@ -82,7 +82,7 @@ class ProbeSite(Site):
 
     def _decide(self) -> None:
         now = time.perf_counter()
-        if self._began is None:
+        if self._steps <= 1:  # the first step also pays for looking around, which is not the training's time
             self._began, self._spent = now, self.rec.spent
         self._decided = self.rec.step
         self._tape = None
@@ -167,7 +167,7 @@ class ProbeSite(Site):
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """Probes that could not be measured. Of those that nobody asked for, only what the model would have had."""
-        if self._began is None:
+        if self._steps == 0:
             return [
                 (s.probe.name, "no call of the model in training was seen") for s in self._all if not s.probe.default
             ]
