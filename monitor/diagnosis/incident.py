@@ -17,8 +17,9 @@ def group(findings: Iterable[Finding]) -> list[Incident]:
     """Incidents, worst first, then earliest.
 
     Two findings of one attempt belong together if they overlap or at most `SLACK` steps lie between them. Information
-    joins an incident that it overlaps but neither heads nor connects incidents of warnings: it describes a state that
-    may last for most of a run. Findings of a rule over facts have no step, so all of one rule are one incident.
+    joins an incident that it overlaps, also through other information in it, but neither heads nor connects incidents
+    of warnings: it describes a state that may last for most of a run. Findings of a rule over facts have no step, so
+    all of one rule are one incident.
 
     Args:
         findings: of any number of attempts, in any order.
@@ -33,10 +34,13 @@ def group(findings: Iterable[Finding]) -> list[Incident]:
     groups = [[f for f in ordered if f.rule == rule] for rule in sorted(about_facts)]
     timed = [f for f in ordered if f.rule not in about_facts]
     troubles = _overlapping([f for f in timed if f.severity != "info"])
-    notes = []
-    for f in (f for f in timed if f.severity == "info"):
-        home = next((g for g in troubles if _meet(g, f)), None)
-        (notes if home is None else home).append(f)
+    notes, joined = [f for f in timed if f.severity == "info"], -1
+    while joined:
+        homes = [(f, next((g for g in troubles if _meet(g, f)), None)) for f in notes]
+        for f, home in homes:
+            if home is not None:
+                home.append(f)
+        notes, joined = [f for f, home in homes if home is None], sum(home is not None for _, home in homes)
     incidents = [_incident(g) for g in (*groups, *troubles, *_overlapping(notes))]
     return sorted(incidents, key=lambda i: (-SEVERITIES.index(i.severity), place(i.head)))
 

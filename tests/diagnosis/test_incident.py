@@ -63,6 +63,15 @@ def test_information_neither_heads_nor_connects() -> None:
     assert group([note])[0].head == note
 
 
+def test_information_leads_to_an_incident_through_other_information() -> None:
+    """Oracle: definition. What was over before the trouble began tells how it came, if something lasted in between."""
+    earlier = finding("naive_loss_minimisation", 100, 900, "cross_entropy")
+    between = finding("softmax_collapse_approach", 800, COLLAPSE.first_step, "cross_entropy")
+    incidents = group([earlier, between, COLLAPSE])
+    assert [i.findings for i in incidents] == [(COLLAPSE, earlier, between)]
+    assert [i.head for i in group([earlier, COLLAPSE])] == [COLLAPSE, earlier]
+
+
 def test_facts_are_incidents_of_their_own() -> None:
     """Oracle: definition. All forgotten parameters are one incident, apart from what happened at the first steps."""
     lost = [finding("unoptimized_parameter", 0, 2000, m, order=i, open=True) for i, m in enumerate("xyz")]

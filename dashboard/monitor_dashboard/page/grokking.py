@@ -34,6 +34,8 @@ MARKERS = (
     ("param_norm", ("norm",)),
     ("distance_from_start", ("distance",)),
 )
+#: Of these alone, which every training has, nothing can be told.
+GENERAL = {"sc_headroom", "param_norm", "distance_from_start"}
 _OUTCOMES: tuple[tuple[Literal["accuracy", "loss"], str, str], ...] = (
     ("accuracy", "train_accuracy.accuracy", "Share of right answers"),
     ("loss", "loss.value", "Loss"),
@@ -56,7 +58,7 @@ def page(view: View) -> None:
     window = view.span
     found = view.phases
     panels = [*_outcome(view, window), *_markers(view, window)] if view.run.steps else []
-    if found is None and not any(name in view.metrics for name, _ in MARKERS[:4]):
+    if found is None and not any(name in view.metrics for name, _ in MARKERS if name not in GENERAL):
         st.html(markup.line(NOTHING))
         return
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
