@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +35,6 @@ from monitor.curvature.trace import Estimate, traces
 from monitor.errors import UsageError
 from monitor.probes._rebuilt import Rebuilt, Refused, given, rebuilt
 from monitor.record.probe import Moment, Probe
-
-if TYPE_CHECKING:
-    from monitor.record.recorder import Recorder
 
 #: Nodes of the spectral density, random vectors for the trace, most products of one Lanczos run.
 NODES, SAMPLES, MOST = 40, 10, 100
@@ -137,12 +134,9 @@ class Curvature(Probe):
     def _now(self) -> _State:
         return self.__dict__["_state"]
 
-    def wanted(self, recorder: Recorder) -> str | None:
-        """Forget the run before; whether it can be measured shows at the first attempt."""
-        planned = self._now.planned
+    def begin(self) -> None:
+        """Forget the run before."""
         object.__setattr__(self, "_state", _State())
-        self._now.planned = planned
-        return None
 
     def affordable(self, elapsed: float, step: float, spent: float, last: float | None) -> bool:
         """Plan the dearest measurement that the budget allows: the next sharpness, or batch sharpness alone."""

@@ -14,10 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from monitor.errors import UsageError
-from monitor.record.probe import Moment, Probe
+from monitor.record.probe import Moment, Probe, Sparsely
 
 STATS = ("memorised", "judged", "median_step", "threshold", "sum_loss", "samples")
 #: A loss may vary by this over the last looks (the paper's δ), and how many looks.
@@ -26,8 +25,6 @@ SPREAD, LOOKS = 0.05, 5
 PART = 0.15
 #: Samples of the batch that are followed, evenly spaced.
 SAMPLES = 1024
-#: A table of the losses is written when the steps have grown by this factor since the last: there are few then.
-APART = 1.5
 
 Floats = npt.NDArray[np.float64]
 
@@ -85,19 +82,20 @@ class Memorisation(Probe):
 
     def __init__(self, every: int | None = None) -> None:
         self.every = every
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the run before."""
         self._memory: Memory | None = None
-        self._table_due = 0.0
+        self._sparsely = Sparsely()
 
     def measure(self, moment: Moment) -> None:
         """One forward of the first batch."""
         if moment.first is None:
             raise UsageError("there is no first batch")
-        inputs = [x for x in tree_leaves(moment.first.inputs) if isinstance(x, Tensor) and x.dim() > 0]
-        if not inputs:
-            raise UsageError("the model's first call had no tensor, so its samples cannot be told apart")
         with moment.evaluation():
             calls = moment.first.calls(F.cross_entropy)
-            found = next((x for args, kwargs, _ in calls if (x := _losses(args, kwargs, len(inputs[0])))), None)
+            found = next((x for args, kwargs, _ in calls if (x := _losses(args, kwargs, moment.samples))), None)
         if found is None:
             raise UsageError("the loss has no cross-entropy with as many rows for each sample of the batch")
         classes, losses = found
@@ -115,11 +113,10 @@ class Memorisation(Probe):
         self._table(moment, losses)
 
     def _table(self, moment: Moment, losses: Floats) -> None:
-        if moment.step < self._table_due or self._memory is None:
+        if self._memory is None or not self._sparsely.due(moment.step):
             return
         import pyarrow as pa
 
-        self._table_due = APART * max(1, moment.step)
         since = pa.array(self._memory.since, from_pandas=True)
         columns = {"sample": np.arange(len(losses), dtype=np.int32), "loss": losses.astype(np.float32), "since": since}
         moment.table("memorisation", pa.table(columns))

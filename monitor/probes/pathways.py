@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from monitor.errors import UsageError
 from monitor.record.experts import Router
 from monitor.record.passes import pathway
-from monitor.record.probe import Moment, Probe
+from monitor.record.probe import Moment, Probe, Sparsely
 from monitor.record.sites.router import RouterSite
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 #: Samples of the batch that are followed, evenly spaced, and tokens whose experts are compared with the last time's.
 SAMPLES, TOKENS = 256, 1 << 14
-#: A table of the pathways is written when the steps have grown by this factor since the last: there are few then.
-APART = 1.5
 
 
 @dataclass
@@ -63,9 +61,13 @@ class Pathways(Probe):
 
     def __init__(self, every: int | None = None) -> None:
         self.every = every
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the run before."""
         self._site: RouterSite | None = None
         self._before: dict[str, tuple[int, Tensor]] = {}
-        self._table_due = 0.0
+        self._sparsely = Sparsely()
         self._lr = self._top_lr = 0.0
 
     def wanted(self, recorder: Recorder) -> str | None:
@@ -96,14 +98,11 @@ class Pathways(Probe):
     def _layers(self, moment: Moment) -> list[_Layer]:
         if moment.first is None or self._site is None:
             return []
-        inputs = [x for x in tree_leaves(moment.first.inputs) if isinstance(x, Tensor) and x.dim() > 0]
-        if not inputs:
-            raise UsageError("the model's first call had no tensor, so its samples cannot be told apart")
         found: list[_Layer] = []
         with ExitStack() as stack:
             stack.enter_context(moment.evaluation())
             for router in self._site.routers.values():
-                stack.enter_context(_reading(router, moment, len(inputs[0]), found))
+                stack.enter_context(_reading(router, moment, moment.samples, found))
             moment.first.replay()
         return found
 
@@ -116,11 +115,10 @@ class Pathways(Probe):
         self._before[x.router.name] = moment.step, x.chosen
 
     def _table(self, moment: Moment, layers: list[_Layer]) -> None:
-        if moment.step < self._table_due:
+        if not self._sparsely.due(moment.step):
             return
         import pyarrow as pa
 
-        self._table_due = APART * max(1, moment.step)
         paths = pathway.written([pathway.experts_of(x.g, pathway.THRESHOLD) for x in layers])
         moment.table("pathways", pa.table({"sample": np.arange(len(paths), dtype=np.int32), "pathway": paths}))
 

@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -200,18 +201,29 @@ def find_models(optimizer: Optimizer) -> list[nn.Module]:
     return found
 
 
-def find_bystanders(roots: Sequence[nn.Module]) -> list[nn.Module]:
+def find_bystanders(roots: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
     """The outermost modules alive beside ``roots`` that a mode on the stack would disturb: a teacher, a critic.
 
     Args:
         roots: root modules that are followed.
 
     Returns:
-        Modules that hold a layer with a fast path, or one that is compiled. None that a root is a part of.
+        Modules that hold a layer with a fast path, or one that is compiled, and whether they do the latter. None that a
+        root is a part of.
     """
     mine = {id(m) for root in roots for m in root.modules()}
-    others = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and id(m) not in mine]
-    apart = [m for m in others if not any(id(x) in mine for x in m.modules())]
-    inner = {id(child) for m in apart for child in m.children()}
-    outer = [m for m in apart if id(m) not in inner and not isinstance(m, FAST[1:])]  # which drop it for a hook as well
-    return [m for m in outer if compiled_regions(m) or any(isinstance(x, FAST) for x in m.modules())]
+    inner: set[int] = set()
+    outer: list[tuple[nn.Module, bool]] = []
+    for m in gc.get_objects():
+        if not issubclass(type(m), nn.Module) or id(m) in mine:
+            continue
+        with suppress(Exception):  # one that is half made, or has a way of its own of telling its parts
+            parts = list(m.modules())
+            if any(id(x) in mine for x in parts):
+                continue
+            inner.update(id(child) for child in m.children())
+            # a layer with a fast path of its own drops it for a hook as well
+            compiled = bool(compiled_regions(m))
+            if not isinstance(m, FAST[1:]) and (compiled or any(isinstance(x, FAST) for x in parts)):
+                outer.append((m, compiled))
+    return [(m, compiled) for m, compiled in outer if id(m) not in inner]

@@ -16,12 +16,11 @@ import torch
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
-    _pop_mode,
     _push_mode,
 )
 from torch.utils._device import DeviceContext
 
-from monitor.record.private import inside_functorch
+from monitor.record.private import inside_functorch, take_stack
 
 #: ``(args, kwargs, result)``; result is None when called before the function runs.
 Watcher = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
@@ -83,7 +82,7 @@ class StepMode(TorchFunctionMode):
         At the bottom, a ``with`` block of the user's own mode that is open now still ends in its own order. So does
         ``with torch.device(…)``, which takes whatever is on top; only `torch.set_default_device` looks at the bottom.
         """
-        stack = _take_stack()
+        stack = take_stack()
         # the former is pushed from C++, the latter has been entered in Python
         at = 1 if stack and isinstance(stack[0], DeviceContext) and hasattr(stack[0], "old_device") else 0
         for m in (*stack[:at], self, *stack[at:]):
@@ -91,10 +90,6 @@ class StepMode(TorchFunctionMode):
 
     def leave(self) -> None:
         """Take the mode off the calling thread's stack, wherever it stands in it."""
-        for m in _take_stack():
+        for m in take_stack():
             if m is not self:
                 _push_mode(m)
-
-
-def _take_stack() -> list[TorchFunctionMode]:
-    return [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -23,6 +23,16 @@ def saved_tensor_hooks_active() -> bool:
 def inside_functorch() -> bool:
     """True under `torch.func.vmap`, ``grad`` and the like, whose wrapped tensors must not be written to a buffer."""
     return _C._functorch.peek_interpreter_stack() is not None
+
+
+def transformed() -> bool:
+    """True where tensors stand for something else: under `torch.func`, and in `torch.jit.trace`, which keeps ours."""
+    return inside_functorch() or torch.jit.is_tracing()
+
+
+def take_stack() -> list[TorchFunctionMode]:
+    """Take every function mode off the calling thread's stack; the lowest first."""
+    return [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]
 
 
 @contextlib.contextmanager
@@ -42,7 +52,7 @@ def alone() -> Iterator[None]:
 
     The context of `torch.set_default_device` stays: it decides where tensors are made.
     """
-    stack = [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]
+    stack = take_stack()
     kept = [m for m in stack if isinstance(m, DeviceContext)]
     try:
         for m in kept:

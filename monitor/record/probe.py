@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from monitor.curvature.environment import cloned_buffers, undisturbed
+from monitor.errors import UsageError
 from monitor.record.tape import Tape
 
 if TYPE_CHECKING:
@@ -61,6 +63,20 @@ class Moment:
         """The optimizer that is about to update, then the others that have."""
         return [self.optimizer, *(o for o in self.recorder.optimizers if o is not self.optimizer)]
 
+    @property
+    def samples(self) -> int:
+        """How many samples the first batch of the run holds; 0 without one.
+
+        Raises:
+            UsageError: if the model was called with no tensor that has a first dimension.
+        """
+        if self.first is None:
+            return 0
+        sizes = [len(x) for x in tree_leaves(self.first.inputs) if isinstance(x, Tensor) and x.dim() > 0]
+        if not sizes:
+            raise UsageError("the model's first call had no tensor, so its samples cannot be told apart")
+        return sizes[0]
+
     def parameter(self, p: Tensor) -> str:
         """Name of a parameter."""
         return self.recorder.parameter(p)
@@ -88,6 +104,20 @@ class Moment:
             yield
 
 
+class Sparsely:
+    """When a table of the samples is due: once the steps have grown by half since the last, so that few are made."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self, step: int) -> bool:
+        """True if it is time at ``step``; the next time is later then."""
+        if step < self._next:
+            return False
+        self._next = 1.5 * max(1, step)
+        return True
+
+
 class Probe:
     """Base of all probes.
 
@@ -108,6 +138,9 @@ class Probe:
     taped = False
     keeps_first = False
     default = False
+
+    def begin(self) -> None:
+        """A recording begins: forget what is remembered of another."""
 
     def wanted(self, recorder: Recorder) -> str | None:
         """Why it cannot be measured in this run; None if it can."""

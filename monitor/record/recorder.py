@@ -32,7 +32,7 @@ from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.followed import FAST, Followed, children_called, find_bystanders
 from monitor.record.mode import StepMode, Watcher
-from monitor.record.private import alone, inside_functorch, quiet
+from monitor.record.private import alone, quiet, transformed
 from monitor.record.probe import Probe
 from monitor.record.ring import Values
 from monitor.record.rows import OpenRow
@@ -104,7 +104,6 @@ class Recorder:
         self.in_step = False
         self.training = False
         self.stepped = 0
-        self.skipped = 0
         self.spent = 0.0
         self.probed = 0.0  # part of it that probes took
         self.probes = probes
@@ -127,8 +126,7 @@ class Recorder:
         self.forwards = 0  # of root modules in this step
         self.blind = False  # calls inside one of them were not watched
         self._eval_trained = False
-        self._always_on = False
-        self._layers: dict[int, list[nn.Module]] = {}
+        self._layers: dict[int, weakref.WeakSet[nn.Module]] = {}
         self._kept_fast = False
         self._beside: set[int] = set()  # modules that are not ours
         self._asides: list[bool] = []  # the mode was taken off for a call of one of them
@@ -152,8 +150,8 @@ class Recorder:
                 "on_row",
             )
         }
-        before: dict[Any, Watcher] = {torch.Tensor.backward: self._commit_pending}
-        before[torch.autograd.backward] = self._commit_pending
+        before: dict[Any, Watcher] = {torch.Tensor.backward: self._backward_begins}
+        before[torch.autograd.backward] = self._backward_begins
         after: dict[Any, Watcher] = {}
         for site in self.sites:
             always = site.inside_every == 1
@@ -292,7 +290,7 @@ class Recorder:
         self.in_step = True
         # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode; a closure runs
         # forward and backward in there
-        if not closure and self._here() and not self._always_on:
+        if not closure and self._here():
             self._set(False)
         if self.probing and not self._row:
             self.probing = False
@@ -332,7 +330,7 @@ class Recorder:
     # ---- when the mode is on the stack
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and self._here() and not _transformed():
+        if not torch.compiler.is_compiling() and self._here() and not transformed():
             self._guard(self._begin_forward, module, args, kwargs)
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -362,7 +360,7 @@ class Recorder:
         self._before_forward(module, args, {})
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._here() and self._depth > 0 and not _transformed():
+        if not torch.compiler.is_compiling() and self._here() and self._depth > 0 and not transformed():
             self._guard(self._end_forward, module, args, kwargs, output)
 
     def _end_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -379,24 +377,22 @@ class Recorder:
 
     def _look_for_bystanders(self) -> None:
         """Hook the calls of modules beside ours that must not meet the mode, which is on the stack until the step."""
-        for module in find_bystanders(self.roots):
+        for module, compiled in find_bystanders(self.roots):
             if id(module) not in self._beside:
                 self._beside.add(id(module))
-                self._hook(module, _Aside(self), _Back(self))
+                self._hook(module, _Aside(self, compiled), _Back(self))
 
-    def step_aside(self, module: nn.Module) -> None:
+    def _step_aside(self, module: nn.Module, compiled: bool) -> None:
         """``module``, which is not ours, is called: no mode on the stack if it evaluates, or is compiled."""
-        if torch.compiler.is_compiling() or not self._here():
-            return
         evaluates = not (module.training and torch.is_grad_enabled())
-        self._asides.append(self.mode.on_stack() and (evaluates or bool(compiled_regions(module))))
+        self._asides.append(self.mode.on_stack() and (evaluates or compiled))
         if self._asides[-1]:
-            self.mode.leave()
+            self._set(False)
 
-    def step_back(self) -> None:
-        """It has been called."""
-        if not torch.compiler.is_compiling() and self._here() and self._asides and self._asides.pop():
-            self.mode.enter()
+    def _step_back(self) -> None:
+        """It has been called. It may have called one of ours, after which the mode is on the stack already."""
+        if self._asides and self._asides.pop():
+            self._set(True)
 
     def _looks_inside(self) -> bool:
         """True if calls inside this forward are of interest: while the mode is on the stack, each one costs more."""
@@ -416,7 +412,7 @@ class Recorder:
         """True if ``module`` is trained around layers in evaluation, which a mode would take off their fast path."""
         held = self._layers.get(id(module))
         if held is None or self.rows < 3 or self.rows % 100 == 0:
-            held = self._layers[id(module)] = [m for m in module.modules() if isinstance(m, FAST)]
+            held = self._layers[id(module)] = weakref.WeakSet(m for m in module.modules() if isinstance(m, FAST))
         fast = any(not m.training for m in held)
         self._kept_fast |= fast
         return fast
@@ -433,9 +429,9 @@ class Recorder:
 
     def _rearm(self) -> None:
         """After a step: off the stack until the next training forward, if there are forwards we see."""
-        if self.forwards == 0 and not self._always_on and self.rows <= 2:
+        if self.forwards == 0 and self.rows <= 2:
             self._look_for_entries()
-        self._set(self._always_on)
+        self._set(False)
         self.forwards = 0
         self.blind = False
         self._depth = 0
@@ -451,19 +447,15 @@ class Recorder:
             for name, child in children_called(root):
                 self._enter_at(child, f"{self.prefix(root)}{name}.")
 
-    def backward_begins(self) -> None:
+    def _backward_begins(self, args: Any, kwargs: Any, result: Any) -> None:
         """A backward pass is about to run: after an unscaling it belongs to a new attempt at an update."""
+        begin = time.perf_counter()
+        self._called_inside |= self.inside_forward
         if self._unscaled_since_backward:
             self.epoch += 1
             self._unscaled_since_backward = False
-        if not self.training:
-            self._eval_trained = True
-
-    def _commit_pending(self, args: Any, kwargs: Any, result: Any) -> None:
-        begin = time.perf_counter()
-        self._called_inside |= self.inside_forward
+        self._eval_trained |= not self.training
         with quiet():
-            self.backward_begins()
             self._at("on_backward")
         self.spent += time.perf_counter() - begin
 
@@ -478,6 +470,8 @@ class Recorder:
 
     def _guarded(self, site: Site, watcher: Watcher, always: bool = False) -> Watcher:
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            if not always and not site.due(site.inside_every):
+                return
             begin = time.perf_counter()
             self._called_inside |= always and self._depth > 0
             with quiet():
@@ -584,11 +578,6 @@ def _compiles() -> bool:
     return dynamo is not None and dynamo.counters["frames"]["total"] > 0
 
 
-def _transformed() -> bool:
-    """True where tensors stand for something else: under `torch.func`, and in `torch.jit.trace`, which keeps ours."""
-    return inside_functorch() or torch.jit.is_tracing()
-
-
 class _Stays:
     """A hook for which one stands that does nothing where it could not be kept out of a copy (`HiddenHooks`).
 
@@ -626,13 +615,21 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Aside(_Stays):
+    def __init__(self, recorder: Recorder, compiled: bool) -> None:
+        super().__init__(recorder)
+        self._compiled = compiled
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recorder.step_aside(module)
+        recorder = self._recorder
+        if not torch.compiler.is_compiling() and recorder._here():
+            recorder._guard(recorder._step_aside, module, self._compiled)
 
 
 class _Back(_Stays):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._recorder.step_back()
+        recorder = self._recorder
+        if not torch.compiler.is_compiling() and recorder._here():
+            recorder._guard(recorder._step_back)
 
 
 def _both(first: Watcher | None, second: Watcher) -> Watcher:

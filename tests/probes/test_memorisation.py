@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import monitor
 from monitor.probes import Memorisation
-from monitor.probes.memorisation import Memory
+from monitor.probes.memorisation import LOOKS, Memory
 from tests.record import moe, trainings
 
 
@@ -52,6 +52,24 @@ def record(model: nn.Module, loss: Any, batch: Any, folder: Path, steps: int, lr
     run = monitor.open(folder)
     assert not run.warnings
     return run
+
+
+def test_a_probe_that_is_used_again_remembers_nothing(tmp_path: Path) -> None:
+    """Oracle: invariance. The second run with one probe gives what it gives with a fresh one."""
+    probe, seen = Memorisation(every=1), []
+    for given in (probe, probe, Memorisation(every=1)):
+        trainings.seed()
+        model, x = nn.Linear(12, 5), torch.randn(8, 12)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        with monitor.attach(model, tmp_path / f"{len(seen)}", probes=[given]):
+            for _ in range(LOOKS + 2):
+                opt.zero_grad()
+                F.cross_entropy(model(x), torch.arange(8) % 5).backward()
+                opt.step()
+        run = monitor.open(tmp_path / f"{len(seen)}")
+        looks = [(step, run.table(name, step).to_pydict()) for name, _, step in run.tables()]
+        seen.append((looks, run.frame("memorisation").to_dict()))
+    assert str(seen[0]) == str(seen[1]) == str(seen[2])
 
 
 def test_one_batch_is_memorised(tmp_path: Path) -> None:

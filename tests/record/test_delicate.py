@@ -150,6 +150,61 @@ def test_a_part_of_a_loss_is_not_recorded_as_the_whole(tmp_path: Path) -> None:
     assert values.tolist() == pytest.approx([sums[i] for i in steps], rel=1e-6)
 
 
+class Teacher(nn.Module):
+    """In evaluation, with layers that have a fast path; ``student`` is called by it, and is no part of it."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+        self.student = [student]
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.student[0](x)
+
+
+def test_a_teacher_that_calls_its_student(tmp_path: Path) -> None:
+    """Oracle: invariance. The loss of a step whose second forward a module beside the model makes is counted once."""
+    student = nn.Linear(8, 3)
+    teacher, sums = Teacher(student), []
+    opt = torch.optim.SGD(student.parameters(), lr=0.05)
+    with monitor.attach(student, tmp_path / "run"):
+        for _ in range(STEPS):
+            opt.zero_grad()
+            x = torch.randn(4, 8)
+            loss = F.cross_entropy(student(x) + teacher(x), torch.arange(4) % 3)
+            loss.backward()
+            opt.step()
+            sums.append(loss.item())
+    run = monitor.open(tmp_path / "run")
+    assert run.series("loss.value")[1].tolist() == sums
+    assert not run.warnings
+
+
+class Odd(nn.Module):
+    """Does not tell its parts."""
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        raise RuntimeError("not mine to tell")
+
+
+def test_modules_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    """Oracle: definition. One whose construction was given up, and one that refuses, are left alone."""
+    held = [nn.Linear.__new__(nn.Linear), Odd(), Teacher(nn.Linear(8, 3))]
+    model = nn.Linear(8, 3)
+    opt = torch.optim.SGD(model.parameters(), lr=0.05)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(3):
+            opt.zero_grad()
+            given = model(torch.randn(4, 8))
+            held[2].modules = held[1].modules  # refuses from now on
+            (given - held[2].encoder(torch.ones(4, 1, 8))[:, 0, :3]).square().sum().backward()
+            opt.step()
+    run = monitor.open(tmp_path / "run")
+    assert not run.warnings
+    assert len(run.series("loss.value")[0]) == 3
+
+
 def test_gradients_and_inputs_with_a_negative_bit(tmp_path: Path) -> None:
     """Oracle: closed form. Lazily negated tensors are read as what they stand for."""
     model = nn.Linear(6, 3)

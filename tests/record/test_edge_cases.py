@@ -106,9 +106,9 @@ def _saved(model: nn.Module) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("logs", [False, True])
+@pytest.mark.parametrize("logs", ["", "val_loss", "train_loss"])
 @pytest.mark.parametrize("kind", ["loss", "tuple", "mapping", "attribute", "logits"])
-def test_evaluations_that_nobody_logs(kind: str, logs: bool, tmp_path: Path) -> None:
+def test_evaluations_that_nobody_logs(kind: str, logs: str, tmp_path: Path) -> None:
     """Oracle: definition. The mean of the losses the model gave back, with the next step; not beside a logged one."""
 
     class Judge(nn.Module):
@@ -138,10 +138,10 @@ def test_evaluations_that_nobody_logs(kind: str, logs: bool, tmp_path: Path) -> 
                     for batch in data[1:]:
                         model(*batch)
                 if logs:
-                    handle.log(val_loss=1.5)
+                    handle.log(**{logs: 1.5})
                 model.train()
     run = monitor.open(tmp_path / "run")
-    expected = {} if kind == "logits" or logs else seen
+    expected = {} if kind == "logits" or logs == "val_loss" else seen
     found = dict(zip(*(x.tolist() for x in run.series("logged.value", "eval_loss")), strict=True)) if expected else {}
     assert ("eval_loss" in run.modules("logged.value")) == bool(expected) if "logged" in run.metrics() else not expected
     assert found == pytest.approx(expected, rel=1e-6)
@@ -307,12 +307,29 @@ def test_a_closed_recording_lets_go_of_the_model(tmp_path: Path) -> None:
     assert handle.path
 
 
-def test_a_search_over_models_keeps_only_the_last(tmp_path: Path) -> None:
+class Blocks(nn.Module):
+    """Repeated blocks with attention, whose every module some site looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)) for _ in range(3))
+        self.head = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("made", [mlp, Blocks])
+def test_a_search_over_models_keeps_only_the_last(made: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Oracle: definition. Attached in a function and dropped, a model is freed when the next one is attached."""
     alive: list[weakref.ref[nn.Module]] = []
 
     def trial(i: int) -> None:
-        model = mlp()
+        model = made()
         monitor.attach(model, tmp_path / f"run{i}")
         train(model, 5)
         alive.append(weakref.ref(model))

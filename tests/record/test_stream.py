@@ -19,7 +19,7 @@ from monitor.record.passes import norm, stream
 from monitor.record.passes.dtype import sum_dtype
 from monitor.record.passes.norm import gain_offset, gain_stats, norm_stats
 from monitor.record.passes.stream import stream_stats
-from monitor.record.sites._modules import _Look
+from monitor.record.sites._modules import MOST, _Look
 from tests.record import trainings
 
 
@@ -315,6 +315,16 @@ def test_encoder_of_torch(tmp_path: Path) -> None:
     run = monitor.open(tmp_path / "run")
     assert run.block("residual_stream.rms").modules == ("encoder.layers.0", "encoder.layers.1")
     assert "encoder.layers.0.norm1" in run.block("norm_layer.rms").modules
+
+
+def test_more_modules_than_are_looked_at(tmp_path: Path) -> None:
+    """Oracle: definition. The first of them are recorded, and the run says of how many others it knows nothing."""
+    model = nn.Sequential(*(nn.LayerNorm(8) for _ in range(MOST + 3)))
+    run = train(model, tmp_path / "run", lambda m: m(torch.randn(4, 8)).square().sum())
+    assert len(run.modules("norm_layer.gain_median")) == MOST
+    said = [a["why"] for a in run.info["absent"] if a["what"] == "norm_layer"]
+    assert len(said) == 1
+    assert "3 others" in said[0]
 
 
 def test_a_compiled_model_gets_no_hook(tmp_path: Path) -> None:

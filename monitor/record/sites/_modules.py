@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from monitor.record.facts import clean, compiled_regions, unwrap
-from monitor.record.private import inside_functorch
+from monitor.record.private import transformed
 from monitor.record.site import Site
 
 #: Steps between two looks, and some looks more, since the first steps change most.
@@ -39,6 +39,7 @@ class ModuleSite(Site):
         self._thread = 0
         self._watch = recorder._guarded(self, self._called)
         self._compiled = False
+        self._left_out = 0
 
     # ---- what a site says
 
@@ -80,6 +81,7 @@ class ModuleSite(Site):
         fast = [m for m in root.modules() if isinstance(m, nn.TransformerEncoderLayer) and not m.training]
         never = {id(m) for layer in fast for m in layer.modules()}
         chosen = [(m, name) for m, name in self.choose(root, self.rec.prefix(module)) if id(m) not in never]
+        self._left_out = max(self._left_out, len(chosen) - MOST)
         for m, name in chosen[:MOST]:
             look = _Look(self, name)
             look.handle = m.register_forward_hook(look, with_kwargs=True)
@@ -114,9 +116,12 @@ class ModuleSite(Site):
         self.forget()
 
     def missing(self) -> Sequence[tuple[str, str]]:
-        """What a compiled model keeps from being seen. A model without such modules lacks nothing."""
+        """What a compiled region hides, and modules beyond `MOST`. A model without such modules lacks nothing."""
         why = "a compiled region is in the model: a hook inside it would recompile it"
-        return ((self.metric, why),) if self._compiled else ()
+        found = [(self.metric, why)] if self._compiled else []
+        if self._left_out > 0:
+            found.append((self.metric, f"of so many modules the first {MOST}; {self._left_out} others are not"))
+        return found
 
     def _disarm(self) -> None:
         for hook in self._hooks:
@@ -134,7 +139,7 @@ class _Look:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         site = self._site
-        if torch.compiler.is_compiling() or inside_functorch() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or transformed():
             return
         if threading.get_ident() != site._thread or not site.rec.inside_forward:
             return

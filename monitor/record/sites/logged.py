@@ -31,7 +31,7 @@ class LoggedSite(Site):
 
     def log(self, name: str, value: float | torch.Tensor) -> None:
         """Remember ``value`` (a number or a one-element tensor) for the step that comes next; the later wins."""
-        self._own |= "loss" in name.lower()
+        self._own |= "loss" in name.lower() and "train" not in name.lower()
         self._values[name] = value.detach().reshape(()).clone() if isinstance(value, torch.Tensor) else float(value)
 
     def waiting(self) -> bool:

@@ -47,7 +47,6 @@ class LossSite(Site):
         return {torch.Tensor.backward: self._backward, torch.autograd.backward: self._backward}
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        self.rec.backward_begins()
         given = args[0] if args else kwargs.get("tensors")
         for loss in [given] if isinstance(given, Tensor) else list(given or ()):
             if loss.numel() != 1:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from monitor.curvature.environment import RandomState
 from monitor.probes.pathways import Pathways
+from monitor.record.followed import Followed
 from monitor.record.mode import Watcher
 from monitor.record.probe import Moment, Probe
 from monitor.record.site import START, Site
@@ -54,6 +55,8 @@ class ProbeSite(Site):
         self._all = [_Scheduled(p) for p in recorder.probes]
         given = {type(p) for p in recorder.probes}
         self._all += [_Scheduled(kind()) for kind in DEFAULT if kind not in given]
+        for s in self._all:
+            s.probe.begin()
         self._keeps = any(s.probe.keeps_first for s in self._all)
         self._began = 0.0
         self._steps = 0
@@ -71,8 +74,6 @@ class ProbeSite(Site):
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide what is due in this step, and whether it has to be taped."""
-        if not self._all:
-            return
         if self._decided != self.rec.step:
             self._decide()
         self.rec.mode.tape = None  # what happens inside a root module is played again by calling it
@@ -137,7 +138,7 @@ class ProbeSite(Site):
             p = s.probe
             if not s.asked:  # not before: other sites have to see a step first
                 s.asked = True
-                s.why_not = _impossible(self.rec.roots) or p.wanted(self.rec)
+                s.why_not = _impossible(self.rec.followed) or p.wanted(self.rec)
             if s.why_not is not None:
                 continue
             if p.taped and not tapes:
@@ -182,10 +183,8 @@ class ProbeSite(Site):
         return found
 
 
-def _impossible(models: Sequence[nn.Module]) -> str | None:
+def _impossible(followed: Followed) -> str | None:
     """Why no probe may run the models at all."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return "several processes train together, and a forward of one alone could wait for the others for ever"
-    if any(hasattr(p, "_local_tensor") for m in models for p in m.parameters()):
-        return "the parameters are sharded"
-    return None
+    return "the parameters are sharded" if followed.sharded else None

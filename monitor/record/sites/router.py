@@ -292,12 +292,12 @@ class RouterSite(Site):
         """Loads of experts beyond `LOADS`, and choices of which too little can be told. None without routers."""
         if self._without_gradients and not self.routers:
             return (("router_balance", _REENTRANT),)
-        if self.routers and self._without_scores:
-            return (("router_balance.z", _NO_SCORES),)
+        found = [("router_balance.z", _NO_SCORES)] if self.routers and self._without_scores else []
         left = [name for name, size in self._sizes.items() if size == 0]
-        if not left:
-            return ()
-        return (("router_load", f"more than {LOADS:,} experts: loads of {left[0]} and {len(left) - 1} others are not"),)
+        if left:
+            why = f"more than {LOADS:,} experts: loads of {left[0]} and {len(left) - 1} others are not"
+            found.append(("router_load", why))
+        return found
 
 
 def _stack(rows: list[Any]) -> Any:

@@ -46,7 +46,7 @@ class StateSite(Site):
         tensors, factor = args[0], args[1]
         if isinstance(factor, Tensor) and factor.dim() == 0 and tensors and self.rec.is_gradient(tensors[0]):
             value = factor.detach().float()
-            held = self._clip if self._clip_epoch == self.rec.epoch else None
+            held = self.clip
             self._clip = value if held is None else held * value.to(held.device)
             self._clip_epoch = self.rec.epoch
 
@@ -79,7 +79,6 @@ class StateSite(Site):
         if self._unscaled and self.rec.inverse_scale is not None:
             scale = self.rec.inverse_scale.float().reciprocal().view(1)
             skipped = max(0, self._unscaled - self.rec.stepped)
-            self.rec.skipped += skipped
             self.rec.emit("loss_scale", ("scale", "skipped"), "", torch.cat((scale, torch.full_like(scale, skipped))))
         self._unscaled = 0
         now = time.perf_counter()

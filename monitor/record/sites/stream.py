@@ -91,8 +91,9 @@ class StreamSite(ModuleSite):
             self._values.clear()
 
     def forget(self) -> None:
-        """Drop what was never trained on."""
+        """Drop what was never trained on, and hold no module: the model may be let go of."""
         self._values.clear()
+        self._lists.clear()
 
 
 def _blocks(container: nn.Module) -> list[tuple[str, nn.Module]]:
