@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,18 @@ def inside_functorch() -> bool:
 def transformed() -> bool:
     """True where tensors stand for something else: under `torch.func`, and in `torch.jit.trace`, which keeps ours."""
     return inside_functorch() or torch.jit.is_tracing()
+
+
+def compiled_any() -> bool:
+    """True once Dynamo has compiled something in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and dynamo.counters["frames"]["total"] > 0
+
+
+def compiles() -> bool:
+    """True once `torch.compile` was asked for in this process: something may be compiled at any moment."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and any(backend is not None for backend in dynamo.cached_backends.values())
 
 
 def take_stack() -> list[TorchFunctionMode]:

@@ -10,7 +10,6 @@ import contextlib
 import gc
 import os
 import random
-import sys
 import threading
 import time
 import warnings
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -32,7 +32,7 @@ from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.followed import FAST, Followed, children_called, find_bystanders
 from monitor.record.mode import StepMode, Watcher
-from monitor.record.private import alone, quiet, transformed
+from monitor.record.private import alone, compiled_any, compiles, quiet, transformed
 from monitor.record.probe import Probe
 from monitor.record.ring import Values
 from monitor.record.rows import OpenRow
@@ -41,6 +41,7 @@ from monitor.record.sites.activation import ActivationSite
 from monitor.record.sites.adam_state import AdamStateSite
 from monitor.record.sites.attention import AttentionSite
 from monitor.record.sites.embedding import EmbeddingSite
+from monitor.record.sites.evaluation import EvaluationSite
 from monitor.record.sites.fused_loss import FusedLossSite
 from monitor.record.sites.gradient import GradientSite
 from monitor.record.sites.input import InputSite
@@ -69,6 +70,7 @@ _SITES: tuple[type[Site], ...] = (
     EmbeddingSite,
     AdamStateSite,
     StateSite,
+    EvaluationSite,
     LoggedSite,
     ProbeSite,
 )
@@ -130,6 +132,7 @@ class Recorder:
         self._kept_fast = False
         self._beside: set[int] = set()  # modules that are not ours
         self._asides: list[bool] = []  # the mode was taken off for a call of one of them
+        self._window: Any = None  # the hook that ends it: the loss of an evaluation is looked for
         self._called_inside = False  # a loss, a backward or a clipping inside a root module's forward
         self._thread: int | None = None  # that trains; known from the first training forward or update
         self._pid = os.getpid()
@@ -369,11 +372,26 @@ class Recorder:
             if self.training:
                 with quiet():
                     self._at("on_output", module, args, kwargs, output)
-            elif not module.training and not torch.is_grad_enabled():
-                with quiet():
-                    self._at("on_evaluation", module, output)
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
-            self._set(True if torch.is_grad_enabled() else self._was_on)
+            self._set(torch.is_grad_enabled() or self._was_on)
+            if not module.training and not torch.is_grad_enabled():
+                with quiet():
+                    self._at("on_evaluation", module, args, kwargs, output)
+
+    def watch_until_a_module_is_called(self) -> bool:
+        """Watch what follows an evaluation, up to the next call of any module that has parts; True if it can be done.
+
+        So no layer meets the mode that would leave its fast path for it. Never where something is to be compiled.
+        """
+        if self.mode.on_stack() or compiles():
+            return False
+        self._set(True)
+        self._window = register_module_forward_pre_hook(self._module_called)
+        return True
+
+    def _module_called(self, module: nn.Module, args: Any) -> None:
+        if self._here() and (module._parameters or module._modules):
+            self._set(False)
 
     def _look_for_bystanders(self) -> None:
         """Hook the calls of modules beside ours that must not meet the mode, which is on the stack until the step."""
@@ -398,7 +416,7 @@ class Recorder:
         """True if calls inside this forward are of interest: while the mode is on the stack, each one costs more."""
         first = self.rows < START  # also of a run that is resumed
         # a region that was compiled with the mode on the stack would be compiled again without it
-        self._called_inside |= _compiles()
+        self._called_inside |= compiled_any()
         return self._called_inside or first or any(site.due(site.inside_every) for site in self._inside)
 
     def _compiled(self, module: nn.Module) -> bool:
@@ -421,6 +439,9 @@ class Recorder:
         return self.active and not self.mode.inside and self._thread in (None, threading.get_ident())
 
     def _set(self, on: bool) -> None:
+        if self._window is not None:
+            self._window.remove()
+            self._window = None
         if on != self.mode.on_stack():
             if on:
                 self.mode.enter()
@@ -504,8 +525,8 @@ class Recorder:
         self._broken.add(name)
         if name == "recorder":
             self.active = False
-            if self.mode.on_stack() and not self.mode.inside:
-                self.mode.leave()
+            if not self.mode.inside:
+                self._set(False)
         said = f"{name} is no longer recorded from step {self.step} on: {type(error).__name__}: {error}"
         self.flusher.warn(said)
         with contextlib.suppress(MonitorWarning):  # a user who turns warnings into errors still finds it in the run
@@ -542,8 +563,7 @@ class Recorder:
         _LIVE.discard(self)
         if os.getpid() != self._pid:
             return
-        if self.mode.on_stack():
-            self.mode.leave()
+        self._set(False)
         with quiet():
             self._guard(self._finish)
         self._guard(self._release)
@@ -568,14 +588,7 @@ class Recorder:
     def forked(self) -> None:
         """In a forked child: record nothing, leave no mode behind."""
         self.active = False
-        if self.mode.on_stack():
-            self.mode.leave()
-
-
-def _compiles() -> bool:
-    """True once Dynamo has compiled something in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and dynamo.counters["frames"]["total"] > 0
+        self._set(False)
 
 
 class _Stays:

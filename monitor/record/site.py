@@ -51,7 +51,7 @@ class Site:
     def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A root module's training forward has ended."""
 
-    def on_evaluation(self, module: nn.Module, output: Any) -> None:
+    def on_evaluation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A root module's forward in evaluation, without gradients, has ended."""
 
     def on_backward(self) -> None:

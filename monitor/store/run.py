@@ -11,6 +11,7 @@ import html
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -137,10 +138,14 @@ class Run:
         """How many times it was started; ``info["attempts"]`` says when and how each ended."""
         return len(self.info["attempts"])
 
-    @property
+    @cached_property
     def steps(self) -> int:
-        """Number of recorded steps, of all attempts."""
-        return sum(p.steps for p in (*self._files, *self._tails))
+        """Number of recorded steps, of all attempts; a row of what was logged after the last one is no step."""
+        rows = sum(p.steps for p in (*self._files, *self._tails))
+        if self.info["status"] == "running":  # there is none yet
+            return rows
+        timed = sum(s.n for s in self.summary("step_time.monitor_seconds"))
+        return timed if 0 < timed and rows - self.attempts <= timed <= rows else rows
 
     @property
     def first_step(self) -> int | None:

@@ -17,10 +17,8 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,47 +102,6 @@ def _saved(model: nn.Module) -> io.BytesIO:
     assert b"monitor" not in file.getvalue()  # so that it loads where there is none
     file.seek(0)
     return file
-
-
-@pytest.mark.parametrize("logs", ["", "val_loss", "train_loss"])
-@pytest.mark.parametrize("kind", ["loss", "tuple", "mapping", "attribute", "logits"])
-def test_evaluations_that_nobody_logs(kind: str, logs: str, tmp_path: Path) -> None:
-    """Oracle: definition. The mean of the losses the model gave back, with the next step; not beside a logged one."""
-
-    class Judge(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = mlp()
-
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
-            z = self.inner(x)
-            loss = F.cross_entropy(z, y)
-            named = {"logits": z, "loss": loss}
-            given = {"loss": loss, "tuple": (z, loss), "mapping": named, "attribute": SimpleNamespace(**named)}
-            return given.get(kind, z) if not self.training else loss
-
-    model, seen = Judge(), {}
-    opt = torch.optim.Adam(model.parameters())
-    data = [(torch.randn(8, 12), torch.randint(0, 5, (8,))) for _ in range(3)]
-    with monitor.attach(model, tmp_path / "run") as handle:
-        for step in range(12):
-            opt.zero_grad()
-            model(*data[0]).backward()
-            opt.step()
-            if step % 5 == 4:
-                model.eval()
-                with torch.no_grad():
-                    seen[step + 1] = float(np.mean([float(F.cross_entropy(model.inner(x), y)) for x, y in data[1:]]))
-                    for batch in data[1:]:
-                        model(*batch)
-                if logs:
-                    handle.log(**{logs: 1.5})
-                model.train()
-    run = monitor.open(tmp_path / "run")
-    expected = {} if kind == "logits" or logs == "val_loss" else seen
-    found = dict(zip(*(x.tolist() for x in run.series("logged.value", "eval_loss")), strict=True)) if expected else {}
-    assert ("eval_loss" in run.modules("logged.value")) == bool(expected) if "logged" in run.metrics() else not expected
-    assert found == pytest.approx(expected, rel=1e-6)
 
 
 class _Inner(nn.Linear):

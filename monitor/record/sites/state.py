@@ -81,6 +81,8 @@ class StateSite(Site):
             skipped = max(0, self._unscaled - self.rec.stepped)
             self.rec.emit("loss_scale", ("scale", "skipped"), "", torch.cat((scale, torch.full_like(scale, skipped))))
         self._unscaled = 0
+        if not self.rec.stepped:  # a row of what was logged after the last step
+            return
         now = time.perf_counter()
         spent = self.rec.spent
         values = (now - self._last, spent - self._spent)
