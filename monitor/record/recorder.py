@@ -381,16 +381,17 @@ class Recorder:
     def watch_until_a_module_is_called(self) -> bool:
         """Watch what follows an evaluation, up to the next call of any module that has parts; True if it can be done.
 
-        So no layer meets the mode that would leave its fast path for it. Never where something is to be compiled.
+        So no layer meets the mode that would leave its fast path for it. Never where something is to be compiled, nor
+        before the first step, when a model that has been tried may yet be.
         """
-        if self.mode.on_stack() or compiles():
+        if self.rows == 0 or self.mode.on_stack() or compiles():
             return False
         self._set(True)
         self._window = register_module_forward_pre_hook(self._module_called)
         return True
 
     def _module_called(self, module: nn.Module, args: Any) -> None:
-        if self._here() and (module._parameters or module._modules):
+        if not torch.compiler.is_compiling() and self._here() and (module._parameters or module._modules):
             self._set(False)
 
     def _look_for_bystanders(self) -> None:

@@ -242,6 +242,28 @@ def test_nothing_is_watched_where_something_compiles(tmp_path: Path) -> None:
     assert not found(run, "eval_loss")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_compiled_in_place_after_an_evaluation(first: bool, tmp_path: Path) -> None:
+    """Oracle: invariance. Tried before the training or in the middle of it, it is compiled without a break."""
+    trainings.seed()
+    model = nn.Linear(12, 5)
+
+    def tried() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(OTHERS)
+        model.train()
+        model.compile(backend="eager", fullgraph=True)
+
+    def loss(step: int) -> Tensor:
+        if step == (0 if first else 4):
+            tried()
+        return F.cross_entropy(model(INPUTS), CLASSES)
+
+    with torch._dynamo.config.patch(error_on_recompile=first):
+        train(model, loss, lambda: None, tmp_path / "run")
+
+
 def test_generation_is_given_up_on(tmp_path: Path) -> None:
     """Oracle: definition. After many forwards without a loss nobody looks any more, and nothing is left behind."""
     model, on = nn.Linear(12, 5), []
