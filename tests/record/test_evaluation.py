@@ -17,6 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import monitor
 from monitor.record import private
+from monitor.record.sites.evaluation import LOOKED
 from tests.record import trainings
 
 EVERY, STEPS = 5, 12
@@ -240,6 +241,22 @@ def test_nothing_is_watched_where_something_compiles(tmp_path: Path) -> None:
 
     _, run = train(model, lambda s: F.cross_entropy(model(INPUTS), CLASSES), evaluate, tmp_path / "run")
     assert not found(run, "eval_loss")
+
+
+def test_of_many_logits_some_rows_are_looked_at(tmp_path: Path) -> None:
+    """Oracle: planted fault. Every third of so many rows is right: at those that are looked at all are."""
+    trainings.seed()
+    model = nn.Linear(4, LOOKED // 100)
+    x = torch.randn(300, 4)
+
+    def evaluate() -> float:
+        z = model(x)
+        right = torch.arange(300) % 3 == 0
+        return float(F.cross_entropy(z, torch.where(right, z.argmax(1), z.argmin(1))))
+
+    seen, run = train(model, lambda s: F.cross_entropy(model(x[:8]), torch.arange(8)), evaluate, tmp_path / "run")
+    assert found(run, "eval_loss") == pytest.approx(seen, rel=1e-6)
+    assert set(found(run, "eval_acc").values()) == {1.0}
 
 
 @pytest.mark.parametrize("first", [True, False])
