@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import monitor
+from monitor.rule import load_rules
+from tests.rules.series import HEALTHY, fold, recorded
 
 SAMPLES = Path(__file__).parents[1] / "sample_runs"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((SAMPLES / "expected.json").read_text(encoding="utf-8"))
@@ -46,6 +48,30 @@ def test_cure(name: str) -> None:
     goal = EXPECTED[name]["reaches"]
     steps, values = monitor.open(SAMPLES / name).series(goal["ref"], goal["module"])
     assert int(steps[values >= goal["value"]][0]) <= goal["by_step"]
+
+
+#: Rules whose quiet side no recording shows; their own cases do, and the calibration that their parameters tell of.
+UNHEARD = {
+    "gradient_conflict",
+    "hyperfitting",  # tests/rules/test_trainings.py
+    "late_pathway_churn",
+    "opposing_groups",
+    "token_drops",
+    "uniform_attention",
+}
+
+
+def test_every_rule_is_quiet_somewhere() -> None:
+    """Oracle: planted fault, absent. In some recorded training each rule could have spoken, and did not."""
+    rules = load_rules()
+    quiet: set[str] = set()
+    for name in HEALTHY:
+        engine = fold(rules, recorded(name), size=1000)
+        quiet |= set(rules) - engine.unjudged().keys() - {f.rule for f in engine.findings()}
+    for name in EXPECTED:
+        run = monitor.open(SAMPLES / name)
+        quiet |= set(rules) - run.verdict().unjudged.keys() - {f.rule for f in run.findings()}
+    assert set(rules) - quiet == UNHEARD
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -13,6 +13,7 @@ import linecache
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -384,11 +385,11 @@ def rules_hash(rules: Mapping[str, Rule]) -> str:
         16 hexadecimal digits; different if any rule, its file, or the code it shares with others differs.
     """
     import monitor.robust
-    import monitor.rules._series
+    import monitor.rules
 
     digest = hashlib.sha256()
-    shared = (__file__, monitor.robust.__file__, monitor.rules._series.__file__)
-    for file in shared:
+    helpers = sorted(str(file) for folder in monitor.rules.__path__ for file in Path(folder).glob("_*.py"))
+    for file in (__file__, monitor.robust.__file__, *helpers):
         digest.update("".join(linecache.getlines(file)).encode())
     for rule in rules.values():
         shown = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in ("check", "audit", "doc")}

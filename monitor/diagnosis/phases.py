@@ -3,8 +3,9 @@
     t_mem = first evaluation at which the training accuracy is at least 0.99, and at the two that follow
     t_gen = the same of the held-out accuracy;   delay ratio = t_gen / t_mem
 
-An ordinary training has a ratio of at most 3; above 10 it is called grokking. Where no accuracy is known, a loss of at
-most 1 % of its first value stands for an accuracy of 0.99.
+An ordinary training has a ratio of at most 3; above 10 it is called grokking. Only where the held-out accuracy was more
+than 0.3 behind at t_mem: one that creeps from 0.97 to 0.99 takes long too, and is no delay. Where no accuracy is known,
+a loss of at most 1 % of its first value stands for an accuracy of 0.99, and 30 % of it for being behind.
 
 There is no score without held-out data. Votes of markers that need none (the norm of the parameters falls, the Gini of
 the embeddings rises, the effective rank of the hidden weights falls; three that agree at five evaluations in a row)
@@ -66,7 +67,8 @@ class Phases:
         generalised: t_gen, None if not reached.
         ratio: t_gen / t_mem, None unless both are known.
         gap: training accuracy minus held-out accuracy at the last evaluation; of losses, held-out minus training loss.
-        label: ``memorised`` if only t_mem was reached and the gap is above 0.3; ``undecided`` if neither says anything.
+        label: ``normal`` also where the held-out data were never far behind; ``memorised`` if only t_mem was reached
+            and the gap is above 0.3; ``undecided`` if neither says anything.
         timeline: the phases that occurred, in order.
     """
 
@@ -103,14 +105,16 @@ def judge(
         names: of the two series.
     """
     (at_train, a), (at_test, b) = train, test
-    good_a, good_b = (v <= LOSS_LEFT * v[0] if losses else v >= LEARNED for v in (a, b))
+    good_a, good_b = (_small(v) if losses else v >= LEARNED for v in (a, b))
     memorised, generalised = learned_at(at_train, good_a), learned_at(at_test, good_b)
     latest = a[max(int(np.searchsorted(at_train, at_test[-1], side="right")) - 1, 0)]
     gap = float(b[-1] - latest if losses else latest - b[-1])
     ratio = generalised / max(memorised, 1) if memorised is not None and generalised is not None else None
     label: Label = "undecided"
-    if ratio is not None:
-        label = "normal" if ratio <= NORMAL else "delayed" if ratio <= DELAYED else "grokking"
+    if ratio is not None and memorised is not None:
+        then = b[max(int(np.searchsorted(at_test, memorised, side="right")) - 1, 0)]
+        behind = then > GAP * b[0] if losses else then < LEARNED - GAP
+        label = "normal" if ratio <= NORMAL or not behind else "delayed" if ratio <= DELAYED else "grokking"
     elif memorised is not None and gap > (LOSS_LEFT * b[0] if losses else GAP):
         label = "memorised"
     end = int(max(at_train[-1], at_test[-1]))
@@ -118,6 +122,12 @@ def judge(
     rising = None if memorised is None else _rising(at_test, b, memorised, losses)
     marks = [("learning", begin), ("memorised", memorised), ("generalising", rising), ("generalised", generalised)]
     return Phases(*names, memorised, generalised, ratio, gap, label, _timeline(marks, end))
+
+
+def _small(losses: Array) -> npt.NDArray[np.bool_]:
+    """Where hardly anything is left of the first loss; nowhere if that is no size to compare with."""
+    first = losses[0]
+    return losses <= LOSS_LEFT * first if np.isfinite(first) and first > 0 else np.zeros(len(losses), dtype=np.bool_)
 
 
 def _rising(steps: Steps, values: Array, memorised: int, losses: bool) -> int | None:

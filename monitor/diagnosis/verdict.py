@@ -11,6 +11,9 @@ from monitor.rule import load_rules
 #: Sites whose modules a person knows by name; elsewhere the title says enough.
 _NAMED = ("input", "activation", "attention", "router", "gradient", "update", "parameter", "state")
 
+#: Evidence that names what went before the head, and how the sentence says it.
+_AFTER = {"learning_rate_factor": ", after the learning rate had been raised {:.3g}-fold"}
+
 
 def verdict(
     findings: Iterable[Finding], unjudged: Mapping[str, str], steps: int, inapplicable: Iterable[str] = ()
@@ -58,13 +61,16 @@ def sentence(incident: Incident) -> str:
         text += f" from step {head.first_step:,} on"
     else:
         text += _at(head)
+    text += "".join(form.format(head.evidence[name]) for name, form in _AFTER.items() if name in head.evidence)
     led: dict[str, list[str]] = {}
     for found in follows.values():
         first = found[0]
         when = "the same step" if first.first_step == head.first_step else f"step {first.first_step:,}"
         led.setdefault(when, []).append(f"{_lower(first.title)}{_where(found, ' ({})')}")
     if led:
-        text += f"; it led to {_and([f'{_and(what)} at {when}' for when, what in led.items()])}"
+        # states that overlap, such as memorising and a softmax close to collapse, need not cause each other
+        word = "then" if head.severity == "info" else "it led to"
+        text += f"; {word} {_and([f'{_and(what)} at {when}' for when, what in led.items()])}"
     return f"{text}."
 
 

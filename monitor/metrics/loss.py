@@ -40,7 +40,7 @@ METRIC = Metric(
     title="Training loss",
     site="loss",
     columns=(
-        Column("value", "loss", "loss that was trained on, mean over micro-batches"),
+        Column("value", "loss", "loss that was trained on, summed over the backward() calls of the step"),
         Column("micro_steps", "count", "backward() calls that made the step"),
     ),
     compute=compute,

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from monitor.metric import Array, Block, Mask
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import exactly
+from monitor.rules._attention import BOUND, READ, largest_logits
 from monitor.rules.attention_logit_growth import PAPER
 
 POINTS = 20
@@ -34,23 +34,16 @@ POINTS = 20
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     """Heads whose largest logit is on its way to the critical one."""
-    bound, found = window["attn_logit_max.lse_max"], window["attn_logit_max.found"]
-    steps = np.union1d(bound.steps, found.steps)
-    steps = steps[steps >= window.first]
-    modules = tuple(dict.fromkeys((*bound.modules, *found.modules)))
-    (high, bounded), (read, sampled) = (exactly(b, steps, modules) for b in (bound, found))
-    # a head that has a bound is judged by it alone, as in attention_logit_growth
-    by_rows = sampled & ~np.isin(np.array(modules), bound.modules)[None, :]
-    value, has = np.where(bounded, high, read), bounded | by_rows
-    has &= ~np.isnan(value)
-    near = has & (value >= p["logit"]) & (value < p["limit"])
-    left, mask = np.full(value.shape, np.nan), np.zeros_like(near)
-    for block, own in ((bound, bounded), (found, by_rows)):
+    logits = largest_logits(window)
+    steps, modules, value = logits.steps, logits.modules, logits.value
+    near = logits.has & (value >= p["logit"]) & (value < p["limit"])
+    left = np.full(value.shape, np.nan)
+    for ref, own in ((BOUND, logits.bounded), (READ, logits.read)):
         for j in np.flatnonzero((near & own).any(axis=0)):
             rows = np.flatnonzero(near[:, j] & own[:, j])
-            left[rows, j] = _left(block, modules[j], steps[rows], p["critical"])
+            left[rows, j] = _left(window[ref], modules[j], steps[rows], p["critical"])
     mask = near & (left <= steps[:, None])
-    yield Hits(steps, modules, mask, has, value, p["logit"], {"steps_left": left})
+    yield Hits(steps, modules, mask, logits.has, value, p["logit"], {"steps_left": left})
 
 
 def _left(block: Block, module: str, at: npt.NDArray[np.int64], critical: float) -> Array:
@@ -92,7 +85,7 @@ RULE = Rule(
         Param("limit", 1e3, "nats", f"{PAPER}: from there on attention_logit_growth speaks"),
         Param("critical", 1e4, "nats", f"{PAPER}: every run above it diverged"),
     ),
-    needs=("attn_logit_max.lse_max", "attn_logit_max.found"),
+    needs=(BOUND, READ),
     check=check,
     lookback=POINTS,
     hold=3,

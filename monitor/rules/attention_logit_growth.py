@@ -27,28 +27,22 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import exactly, latest
+from monitor.rules._attention import BOUND, READ, largest_logits
+from monitor.rules._series import latest
 
 PAPER = "Wortsman et al. 2023 (arXiv 2309.14322) sec. 3.1"
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     """Heads whose largest logit is above the limit."""
-    bound, found = window["attn_logit_max.lse_max"], window["attn_logit_max.found"]
-    steps = np.union1d(bound.steps, found.steps)
-    steps = steps[steps >= window.first]
-    modules = tuple(dict.fromkeys((*bound.modules, *found.modules)))
-    (high, bounded), (read, sampled) = (exactly(b, steps, modules) for b in (bound, found))
-    # a head that has a bound is judged by it alone, at the steps where there is one
-    has = bounded | (sampled & ~np.isin(np.array(modules), bound.modules)[None, :])
-    value = np.where(bounded, high, read)
-    has &= ~np.isnan(value)
-    mask = has & (value >= p["limit"])
+    logits = largest_logits(window)
+    steps, modules, value = logits.steps, logits.modules, logits.value
+    mask = logits.has & (value >= p["limit"])
     evidence = {"norm_bound": np.full(value.shape, np.nan), "alignment": np.full(value.shape, np.nan)}
     if mask.any():
         evidence["norm_bound"] = latest(window["qk_norm_bound.bound"], steps, modules)[0]
         evidence["alignment"] = latest(window["qk_norm_bound.alignment"], steps, modules)[0]
-    yield Hits(steps, modules, mask, has, value, p["limit"], evidence, critical=value >= p["critical"])
+    yield Hits(steps, modules, mask, logits.has, value, p["limit"], evidence, critical=value >= p["critical"])
 
 
 RULE = Rule(
@@ -67,7 +61,7 @@ RULE = Rule(
         Param("limit", 1e3, "nats", f"{PAPER}: forcing logits of 1e3 already costs"),
         Param("critical", 1e4, "nats", f"{PAPER}: every run above it diverged"),
     ),
-    needs=("attn_logit_max.lse_max", "attn_logit_max.found", "qk_norm_bound.bound", "qk_norm_bound.alignment"),
+    needs=(BOUND, READ, "qk_norm_bound.bound", "qk_norm_bound.alignment"),
     check=check,
     lookback=1,
     hold=3,

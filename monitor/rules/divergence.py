@@ -65,7 +65,8 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     evidence = {"usual": usual}
     if accurate.shape[1] and len(modules) == 1:
         evidence["accuracy"] = accurate
-    yield Hits(steps, modules, known & (level >= limit), known, level, limit, evidence)
+    # more than the limit: where most losses are exactly 0 both may be 0
+    yield Hits(steps, modules, known & (level > limit), known, level, limit, evidence)
 
 
 def _levels(loss: Array, has: Mask, start: int, size: int) -> Array:

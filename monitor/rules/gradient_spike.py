@@ -6,24 +6,25 @@ What it means:
     thousands of steps: a spike of 1000 times the usual size needs about 6,900 steps to be forgotten at beta2 = 0.999.
 
 How it is decided:
-    Norm: 5 times the median of the 100 points before it, and on the logarithmic scale 8 robust standard deviations
-    above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times the
-    (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy; both are
+    Norm, before it was clipped: 5 times the median of the 100 points before it, and on the logarithmic scale 8 robust
+    standard deviations above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times
+    the (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy; both are
     looked for in every fourth step of a large parameter. The first 50 points of a parameter are not judged: leaving
     the first plateau is no spike. Every parameter is judged by itself; the head of the incident is the first in order
     of execution.
 
 What to do:
-    If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If not,
-    look at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike
+    If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If the
+    evidence has a learning rate factor, the learning rate had just been raised so many times: undo that. If not, look
+    at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike
     (monitor.remedies.SpikeAwareClipping does both). If bursts of spikes come again and again while the loss is as low
     as it gets, no batch is to blame but the step size: let the learning rate fall.
 
 When it is wrong:
-    The gradient seen is the one that the optimizer saw: after clipping, a spike may be flat in norm and show in the
-    clip coefficient only. Rows of an embedding that are rarely met have almost no second moment, so their elements
-    exceed 5000 in healthy trainings; that is why an element must also hold half of the energy. A spike is missed if
-    three larger ones stand in the 100 points before it.
+    A spike that was clipped did the less harm the more it was (the evidence says to what); one that was clipped by
+    other means than ``clip_grad_norm_`` is not seen. Rows of an embedding that are rarely met have almost no second
+    moment, so their elements exceed 5000 in healthy trainings; that is why an element must also hold half of the
+    energy. A spike is missed if three larger ones stand in the 100 points before it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from monitor.metric import Array
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import CALIBRATION, exactly, spikes
+from monitor.rules._series import CALIBRATION, Steps, exactly, raised, spikes
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -41,7 +43,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     block = window["grad_norm.norm"]
     start = int(np.searchsorted(block.steps, window.first))
     steps, modules = block.steps[start:], block.modules
-    norm = block["grad_norm.norm"]
+    norm = block["grad_norm.norm"] / _clipping(window, block.steps)
     usable = block.has("grad_norm.norm") & (norm > 0)
     found = spikes(np.log(norm), usable, start, p, floor=float(np.log(p["times"])))
     norm = norm[start:]
@@ -50,9 +52,14 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     elements = found.known & (element > p["element"])
     evidence = {"norm": norm}
     if elements.any() or found.mask.any():
-        share = (exactly(window["grad_norm.max_abs"], steps, modules)[0] / norm) ** 2
+        clipping = _clipping(window, steps)
+        share = (exactly(window["grad_norm.max_abs"], steps, modules)[0] / clipping / norm) ** 2
         elements &= share >= p["energy"]
         evidence |= {"median": np.exp(found.median), "z": found.z, "element": element, "element_energy": share}
+        times, rows = np.full(norm.shape, np.nan), (found.mask | elements).any(axis=1)
+        times[rows] = raised(window, steps[rows])
+        evidence["learning_rate_factor"] = times
+        evidence["clipped_to"] = np.where(clipping < 1, clipping * norm, np.nan)
     yield Hits(
         steps,
         modules,
@@ -62,6 +69,12 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         np.where(found.mask, p["times"], p["element"]),
         evidence,
     )
+
+
+def _clipping(window: Window, steps: Steps) -> Array:
+    """The factor by which clipping shortened all gradients, ``(step, 1)``; 1 where it did not, or made them 0."""
+    factor, has = exactly(window["clip.coefficient"], steps, ("",))
+    return np.where(has & (factor > 0), factor, 1.0)
 
 
 RULE = Rule(
@@ -90,7 +103,7 @@ RULE = Rule(
         Param("element", 5000**0.5, "times the root of the second moment", "SPAM (arXiv 2501.06842), √Θ with Θ = 5000"),
         Param("energy", 0.5, "fraction", "spikes' share of the tensor's energy; 0 false alarms in calibration"),
     ),
-    needs=("grad_norm.norm", "grad_norm.max_abs", "spam_spike.ratio"),
+    needs=("grad_norm.norm", "grad_norm.max_abs", "spam_spike.ratio", "clip.coefficient", "learning_rate.lr"),
     check=check,
     lookback=100,
     doc=__doc__ or "",

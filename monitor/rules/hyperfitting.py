@@ -8,9 +8,9 @@ What it means:
 How it is decided:
     From what the script logs with ``handle.log``: a loss whose name says validation, evaluation, test or dev
     (``val_loss``, ``eval/loss``) is at least 10 % above its smallest value so far, and the mean entropy of predictions
-    is below half of what it was there. The entropy is that of a logged ``val_entropy`` (any of those names); without
-    one, that of the training rows (pred_entropy), which says less, since memorised rows become sure first. The evidence
-    says which (``on_evaluation`` 1 or 0). As far back as 1,000 records of either.
+    is below half of what it was there, at 3 evaluations in a row. The entropy is that of a logged ``val_entropy`` (any
+    of those names); without one, that of the training rows (pred_entropy), which says less, since memorised rows
+    become sure first. The evidence says which (``on_evaluation`` 1 or 0). As far back as 1,000 records of either.
 
 What to do:
     Keep the weights of the best validation loss; label smoothing or weight decay, fewer epochs, or more data. If greedy
@@ -110,7 +110,7 @@ RULE = Rule(
     needs=("logged.value", "pred_entropy.entropy"),
     check=check,
     lookback=1005,
-    hold=1,
+    hold=3,
     release=2,
     doc=__doc__ or "",
 )

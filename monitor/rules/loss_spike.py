@@ -9,11 +9,12 @@ How it is decided:
     standard deviations (1.4826 · MAD), on the linear scale and, where all are positive, on the logarithmic one; by
     three times what the largest of them exceeds it by; by a tenth of the median; and, where a classification loss was
     seen, by a tenth of a nat. So noise, heavy tails of small batches, smooth ripples and wiggles at 1e-8 are no
-    spikes.
+    spikes. Other losses of which most are exactly 0 are not judged: they have no scale.
 
 What to do:
     See what else happened in the same incident: an input jump names the batch, a gradient spike names the tensor. If
-    nothing did, look at the batch, then at the learning rate.
+    the evidence has a learning rate factor, the learning rate had been raised so many times within 10 steps: undo that,
+    or raise it slowly. If there is nothing of the kind, look at the batch, then at the learning rate.
 
 When it is wrong:
     A change of the data or of the loss on purpose (a curriculum, a term switched on) is one spike at the switch. A
@@ -27,7 +28,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import CALIBRATION, latest, spikes
+from monitor.rules._series import CALIBRATION, latest, raised, spikes
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
@@ -44,8 +45,13 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         mask &= excess >= p["rise"] * np.abs(found.median)
         accuracy = window["train_accuracy.accuracy"]
         classifies = latest(accuracy, block.steps[start:], accuracy.modules)[1].any(axis=1, keepdims=True)
-        mask &= (excess >= p["nats"]) | ~classifies
+        # a loss that is exactly 0 most of the time (a margin) has no scale, unless its unit is the nat
+        mask &= np.where(classifies, excess >= p["nats"], np.isfinite(found.z))
     evidence = {"loss": loss[start:], "median": found.median}
+    if mask.any():
+        evidence["learning_rate_factor"] = np.full(mask.shape, np.nan)
+        rows = mask.any(axis=1)
+        evidence["learning_rate_factor"][rows] = raised(window, block.steps[start:][rows])
     yield Hits(block.steps[start:], block.modules, mask, found.known, found.z, p["sigmas"], evidence)
 
 
@@ -58,7 +64,7 @@ RULE = Rule(
     refute="the step began a new phase of the script: other data, another loss, another learning rate",
     remedies=(
         Remedy("find the batch of the peak step, and skip or repair it"),
-        Remedy("clip the gradient norm, or lower the learning rate"),
+        Remedy("if the learning rate had just been raised, undo that; else clip the gradient norm, or lower it"),
         Remedy("lower Adam's beta2, so that one large gradient is forgotten sooner"),
     ),
     params=(
@@ -70,7 +76,7 @@ RULE = Rule(
         Param("rise", 0.1, "fraction of the median", "own choice: less is seen in no curve"),
         Param("nats", 0.1, "nats", CALIBRATION),
     ),
-    needs=("loss.value", "train_accuracy.accuracy"),
+    needs=("loss.value", "train_accuracy.accuracy", "learning_rate.lr"),
     check=check,
     lookback=100,
     doc=__doc__ or "",

@@ -6,15 +6,17 @@ What it means:
     is computed in vain.
 
 How it is decided:
-    From the wiring of the run, without any series: the parameter requires a gradient, and neither it nor a parameter
-    tied to it belongs to a group of an optimizer that has stepped.
+    From the wiring of the run, without any series: the parameter requires a gradient and was given one, and neither it
+    nor a parameter tied to it belongs to a group of an optimizer that has stepped. One whose optimizer was there in the
+    first step is waited for until another has made 100 updates: layers may be trained one after the other.
 
 What to do:
     Pass it to the optimizer, or freeze it with requires_grad_(False).
 
 When it is wrong:
-    A parameter that some other code updates by hand (a moving average, a codebook) is trainable only in name. An
-    optimizer that has not stepped yet is not known yet.
+    A parameter that other code updates by hand from its gradient is in no optimizer rightly; a moving average, which is
+    given none, is not meant. One that no sample of the first batch reached (an expert) is missed. An optimizer that is
+    made, or steps for the first time, later than that is not known yet.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def audit(facts: Mapping[str, Any], p: Mapping[str, float]) -> Iterable[FactHit]
         raise KeyError("optimizers")
     optimized = {q["name"] for q in facts["parameters"] if q["optimizer"] is not None}
     for q in facts["parameters"]:
-        if q["trainable"] and q["optimizer"] is None and optimized.isdisjoint(q["tied_to"]):
+        forgotten = q["optimizer"] is None and q.get("gradient", True) and not q.get("awaited")
+        if q["trainable"] and forgotten and optimized.isdisjoint(q["tied_to"]):
             yield FactHit(q["name"], float(q["numel"]), p["elements"])
 
 

@@ -9,7 +9,9 @@ What it means:
 How it is decided:
     Epsilon over the root mean square of the remembered gradients is above 0.1 in at least a tenth of the parameters
     (critical: above 1), for 3 looks, while the rows of the loss still teach: (1 − accuracy) + (1 − mean largest
-    probability) is at least 0.1. Trainings whose loss is no classification are not judged.
+    probability) is at least 0.1. Parameters whose gradients are below 1e-5 of the median parameter's are left out: they
+    are rounding noise, as of a bias in front of a normalisation. Trainings whose loss is no classification are not
+    judged.
 
 What to do:
     A smaller epsilon: 1e-15 in float32. Look at norm_layer.rms of the last normalisation: if it grows, cure that.
@@ -25,8 +27,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from monitor.metric import Array, Mask
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import teaching
+from monitor.rules._series import exactly, teaching
 
 PAPER = "Wortsman et al. 2023 (arXiv 2309.14322) sec. 3.4"
 
@@ -35,7 +38,9 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     """Looks at which too many parameters are throttled."""
     block = window["eps_ratio.ratio"]
     value, has = block["eps_ratio.ratio"], block.has("eps_ratio.ratio")
-    has = has & ~np.isnan(value)
+    has = (
+        has & ~np.isnan(value) & ~_noise(*exactly(window["eps_ratio.grad_rms"], block.steps, block.modules), p["noise"])
+    )
     count = has.sum(axis=1)
     share, heavy = (
         np.where(count > 0, (has & (value > limit)).sum(axis=1) / np.maximum(count, 1), np.nan)[:, None]
@@ -47,6 +52,15 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     mask = judged & (share >= p["share"])
     worst = np.max(np.where(has, value, -np.inf), axis=1, initial=-np.inf)[:, None]
     yield Hits(block.steps, ("",), mask, judged, share, p["share"], {"largest": worst}, critical=heavy >= p["share"])
+
+
+def _noise(size: Array, has: Mask, part: float) -> Mask:
+    """Parameters whose gradients are less than a ``part`` of the median parameter's, ``(step, module)``."""
+    known = has & (size > 0)
+    found, rows = np.zeros_like(known), known.any(axis=1)
+    typical = np.nanmedian(np.where(known, size, np.nan)[rows], axis=1, keepdims=True)
+    found[rows] = known[rows] & (size[rows] < part * typical)
+    return found
 
 
 RULE = Rule(
@@ -61,9 +75,12 @@ RULE = Rule(
         Param("limit", 0.1, "1", f"own choice: an update is then 9 % smaller; {PAPER} for the effect"),
         Param("critical", 1, "1", f"{PAPER}: updates collapse when gradients reach epsilon"),
         Param("share", 0.1, "fraction", "own choice: of the parameters that were looked at"),
+        Param(
+            "noise", 1e-5, "of the median", "digits through two convolutions with biases and batch norms: up to 3e-6"
+        ),
         Param("teaching", 0.1, "1", "own choice: below it gradients vanish because everything is learnt"),
     ),
-    needs=("eps_ratio.ratio", "train_accuracy.accuracy", "train_accuracy.top1_mass"),
+    needs=("eps_ratio.ratio", "eps_ratio.grad_rms", "train_accuracy.accuracy", "train_accuracy.top1_mass"),
     check=check,
     lookback=1,
     hold=3,

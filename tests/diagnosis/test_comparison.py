@@ -17,7 +17,6 @@ from torch import nn
 
 import monitor
 from monitor.block import ColumnBlock
-from monitor.diagnosis import comparison
 from monitor.diagnosis.comparison import (
     BLOCK,
     HOLD,
@@ -27,6 +26,7 @@ from monitor.diagnosis.comparison import (
     departures,
     extrapolate,
     names,
+    overlay,
     parting,
     sensitivity,
 )
@@ -225,7 +225,7 @@ def test_a_large_run_is_read_in_portions(tmp_path: Path, monkeypatch: pytest.Mon
     """Oracle: invariance. What does not fit the memory is laid over each other piece by piece."""
     a, b = write(tmp_path / "a", healthy(0)), write(tmp_path / "b", healthy(1))
     whole = parting(a, b)
-    monkeypatch.setattr(comparison, "_VALUES", 1)
+    monkeypatch.setattr(overlay, "_VALUES", 1)
     assert parting(a, b) == whole
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import inf, isnan, nan
+from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import monitor.rules
 from monitor.block import ColumnBlock
 from monitor.diagnosis.engine import Engine, place, rules_hash
 from monitor.rule import FactHit, Hits, Param, Remedy, Rule, Window, load_rules
@@ -238,6 +240,14 @@ def test_hash() -> None:
     other = replace(spike, params=(Param("sigmas", 7, "1", "a test"), *spike.params[1:]))
     assert rules_hash(RULES | {"loss_spike": other}) != rules_hash(RULES)
     assert rules_hash({"limit": LIMIT}) != rules_hash({})
+
+
+def test_hash_knows_what_rules_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: planted change. Another helper of the rules is another hash: what is stored was found without it."""
+    before = rules_hash(RULES)
+    (tmp_path / "_shared.py").write_text("LIMIT = 2")
+    monkeypatch.setattr(monitor.rules, "__path__", [*monitor.rules.__path__, str(tmp_path)])
+    assert rules_hash(RULES) != before
 
 
 def test_order() -> None:

@@ -45,6 +45,13 @@ def test_labels(low: int, label: str) -> None:
     assert found.generalised == (low if low < 200 else None)
 
 
+@pytest.mark.parametrize(("held_out", "label"), [(0.7, "normal"), (0.68, "grokking")])
+def test_a_creep_is_no_delay(held_out: float, label: str) -> None:
+    """Oracle: closed form. Memorised at 1, generalised at 40; between, 0.99 - 0.3 = 0.69 decides."""
+    found = judged([0.1] + [1.0] * 50, [0.1] + [held_out] * 39 + [0.99] * 11, every=1)
+    assert (found.memorised, found.generalised, found.ratio, found.label) == (1, 40, 40, label)
+
+
 def test_a_slow_rise_is_a_phase_of_its_own() -> None:
     """Oracle: closed form. A tenth of the way from 0 to 0.99 is passed at 0.099: the tenth point of a slope of 0.01."""
     found = judged([1.0] * 160, [0.0] * 50 + [0.01 * i for i in range(1, 101)] + [1.0] * 10, every=1)
@@ -65,6 +72,12 @@ def test_losses() -> None:
     found = judged([4, 0.05, 0.04, 0.03, 0.02, 0.01], [4, 5, 5, 5, 5, 5], losses=True)
     assert (found.memorised, found.generalised, found.label) == (200, None, "memorised")
     assert found.gap == pytest.approx(4.99)
+
+
+@pytest.mark.parametrize("first", [-2.0, 0.0, float("inf"), float("nan")])
+def test_losses_without_a_size(first: float) -> None:
+    """Oracle: definition. Of a first loss that is not a positive number, a hundredth means nothing."""
+    assert judged([first, -3, -4, -5, -6], [first, 0, 0, 0, 0], losses=True).memorised is None
 
 
 @settings(max_examples=50, deadline=None)

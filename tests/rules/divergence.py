@@ -51,6 +51,11 @@ CASES = (
         (("", 9 * 219),),
     ),
     Case("constant", classified([0.0] * 500)),
+    Case("constant: a margin that every batch keeps", (column("loss.value", [0.0] * 500),)),
+    Case(
+        "near miss: a margin that one batch in ten breaks",
+        (column("loss.value", [0.0 if t % 10 else 0.1 + 0.001 * t for t in range(500)]),),
+    ),
     Case("non-finite: not judged here, and no part of a level", classified([*FALL, *[nan, inf] * 60])),
     Case("exploding from the first step on", (column("loss.value", [1.3**t for t in range(80)]),), (("", 39),)),
 )

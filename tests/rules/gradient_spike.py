@@ -34,7 +34,17 @@ def in_turn(largest_at: int) -> tuple[ColumnBlock, ...]:
     )
 
 
+def clipped(at: int, coefficient: float) -> tuple[ColumnBlock, ...]:
+    """Norms that clipping holds at a tenth of their size, and at one step shortens by another factor to the same."""
+    norms, factors = ([0.1 if t == at else 0.1 * x for t, x in enumerate(WAVE)], [0.1] * 200)
+    factors[at] = coefficient
+    return column("grad_norm.norm", norms, ("w",)), column("clip.coefficient", factors)
+
+
 CASES = (
+    Case("×100, clipped to its usual size", clipped(150, 0.001), (("w", 150),), "warning"),
+    Case("near miss: clipping shortens it by 4.9 times as much", clipped(150, 0.1 / 4.9)),
+    Case("near miss: clipped to 0, since another gradient is infinite", clipped(150, 0.0)),
     Case("×100 in both: in order of execution", (norms(150, 100, 200),), ((W[0], 150), (W[1], 150)), "warning"),
     Case("×100 in the last only", (norms(150, 1, 200),), ((W[1], 150),)),
     Case("near miss: 4.9 times the median", (norms(150, 4.9, 2),)),

@@ -27,6 +27,15 @@ CASES = (
         "near miss: 1e-6 after 1e-8 is nothing where the unit is the nat",
         (column("loss.value", [1e-8] * 150 + [1e-6] + [1e-8] * 49), ACCURACY),
     ),
+    Case(
+        "near miss: a margin that is kept by most batches",
+        (column("loss.value", [0.4 if t in (60, 150) else 0.0 for t in range(200)]),),
+    ),
+    Case(
+        "a tenth of a nat above losses of exactly 0",
+        (column("loss.value", [0.4 if t == 150 else 0.0 for t in range(200)]), ACCURACY),
+        (("", 150),),
+    ),
     Case("near miss: 19 points are no baseline", (column("loss.value", [1.0] * 19 + [9.0]),)),
     Case("20 are", (column("loss.value", [1.0] * 20 + [9.0]),), (("", 20),)),
     Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import string
 import sys
 from pathlib import Path
@@ -98,6 +99,21 @@ def test_input_jump_of_a_real_training() -> None:
         "Input jump in input[0] at step 200; "
         "it led to loss spike and gradient spike (0.weight and 1 more) at the same step."
     )
+
+
+@pytest.mark.parametrize("size", [1, 50, 10_000])
+def test_a_raised_learning_rate_is_named(size: int) -> None:
+    """Oracle: planted fault. A rate times 100 for one step is named in the spike after it, and in no later one."""
+    loss = [2.0 + 0.05 * math.sin(2.4 * t) for t in range(400)]
+    loss[151] = loss[300] = 9.0
+    rates = [[1e-3, 1e-4] for _ in loss]
+    rates[150] = [1e-3, 1e-2]
+    columns = [column("loss.value", loss), column("learning_rate.lr", rates, ("group[0]", "group[1]"))]
+    columns.append(column("grad_norm.norm", loss, ("w",)))
+    found = {(f.rule, f.first_step): f for f in fold(RULES, columns, size).findings()}
+    assert found["loss_spike", 151].evidence["learning_rate_factor"] == pytest.approx(100)
+    assert "earning rate factor 100" in describe(found["loss_spike", 151])
+    assert "learning_rate_factor" not in found["loss_spike", 300].evidence
 
 
 RULE_FILE = '''

@@ -26,6 +26,11 @@ CASES = (
     Case(
         "near miss: tied to one that is optimized", facts=facts({"name": "a"}, {"name": "b", "tied_to": ["a"], **OUT})
     ),
+    Case(
+        "near miss: its optimizer has not stepped yet",
+        facts=facts({"name": "a"}, {"name": "b", "awaited": True, **OUT}),
+    ),
+    Case("near miss: a copy without gradient", facts=facts({"name": "a"}, {"name": "b", "gradient": False, **OUT})),
     Case("gaps: no optimizer has stepped yet", facts=facts({"name": "a", **OUT}, optimizers=0)),
     Case("gaps: no facts at all"),
     Case("constant: everything in its place", facts=facts({"name": "a"}, {"name": "b"})),

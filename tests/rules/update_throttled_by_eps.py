@@ -33,6 +33,24 @@ CASES = (
     Case("near miss: one of ten just below 0.1", (ratios(*[[0.0999, *LOW[1:]]] * 8), *learning())),
     Case("near miss: everything is learnt", (ratios(*[HUGE] * 8), *learning(0.99))),
     Case("near miss: no classification", (ratios(*[HUGE] * 8),)),
+    Case(
+        "near miss: two of ten are rounding noise, as biases in front of a batch norm",
+        (
+            ratios(*[[0.2, 3.0, *LOW[2:]]] * 8),
+            column("eps_ratio.grad_rms", [[1e-7, 1e-8, *[0.05] * 8]] * 8, NAMES, list(STEPS)[:8]),
+            *learning(),
+        ),
+    ),
+    Case(
+        "two of ten at a thousandth of the others",
+        (
+            ratios(*[[0.2, 3.0, *LOW[2:]]] * 8),
+            column("eps_ratio.grad_rms", [[5e-5, 5e-5, *[0.05] * 8]] * 8, NAMES, list(STEPS)[:8]),
+            *learning(),
+        ),
+        (("", 0),),
+        "critical",
+    ),
     Case("near miss: two looks", (ratios(LOW, ONE, ONE, LOW, ONE, ONE, LOW), *learning())),
     Case("gaps", (ratios(*[[None if t % 2 else 0.5, *LOW[1:]] for t in range(9)]), *learning())),
     Case(

@@ -1,0 +1,130 @@
+"""What is remarkable in a run without being a trouble: its way to generalisation, its attention, routing and curvature.
+
+A line each at most, from summaries; of a family about which a finding speaks, nothing is repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from monitor.diagnosis.finding import Verdict
+from monitor.diagnosis.phases import NORMAL, Phases, phases
+from monitor.diagnosis.text import number
+from monitor.metric import load_metrics
+from monitor.rule import load_rules
+from monitor.rules._series import logged_as
+
+if TYPE_CHECKING:
+    from monitor.store.run import Run
+    from monitor.store.summary import SeriesSummary
+
+#: Metrics that measure curvature; their site is the loss, as that of much else.
+CURVATURE = (
+    "sharpness", "preconditioned_sharpness", "edge_of_stability", "hessian_eigenvalue", "spectral_density",
+    "opposing_signals",
+)  # fmt: skip
+#: Of what its entropy could be, a head below the first looks at hardly more than one key, above the second at all alike
+#: (the latter as in `uniform_attention`).
+SHARP, UNIFORM = 0.1, 0.99
+#: Attention of the first key from which on it is a sink.
+SINK = 0.5
+#: Attention logit that healthy small transformers stay below (`attention_entropy_collapse`).
+LOGIT = 50.0
+#: Part of its even share that an idle expert does not get, and of the experts that a narrow router does not use.
+IDLE, NARROW = 0.1, 0.5
+#: Share of the assignments whose loss is worth a word (arXiv 2101.03961 sec. 2.2: usual below it).
+DROPPED = 0.01
+#: Ratio to the edge of stability that is at the edge, and growth of the sharpness that is worth a word.
+EDGE, GROWN = 0.9, 2.0
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One line: ``family`` is "phases", "attention", "routing" or "curvature"."""
+
+    family: str
+    text: str
+
+
+def remarks(run: Run, verdict: Verdict) -> tuple[Remark, ...]:
+    """What is remarkable in ``run``, beside what ``verdict`` tells; names in it are as recorded.
+
+    Cost: summaries, and where the script logged held-out data, its series and that of the training accuracy.
+    """
+    told = {_family(f.rule) for incident in verdict.incidents for f in incident.findings}
+    found = [("phases", _way(phases(run)))]
+    for family, of in (("attention", _attention), ("routing", _routing), ("curvature", _curvature)):
+        if family not in told:
+            found.append((family, "; ".join(of(run))))
+    return tuple(Remark(family, text) for family, text in found if text)
+
+
+def _family(rule: str) -> str:
+    known = load_rules().get(rule)
+    if known is None or not known.needs:
+        return ""
+    metric = known.needs[0].partition(".")[0]
+    if metric in CURVATURE:
+        return "curvature"
+    return {"attention": "attention", "router": "routing"}.get(load_metrics()[metric].site, "")
+
+
+def _way(p: Phases | None) -> str:
+    """When the training data were learned, and when that held for other data."""
+    if p is None or p.memorised is None:
+        return ""
+    learned = f"training data learned at step {p.memorised:,}"
+    if p.generalised is not None and p.ratio is not None:
+        near = "no delay" if p.ratio <= NORMAL else "never far behind"
+        word = near if p.label == "normal" else p.label
+        return f"{learned}, held-out data at step {p.generalised:,}: delay ratio {p.ratio:.3g} ({word})"
+    quantity = "accuracy" if logged_as([p.test], "accuracy") else "loss"
+    side = "lower" if (p.gap > 0) == (quantity == "accuracy") else "higher"
+    return f"{learned}, held-out data not as well: at the end {quantity} {number(abs(p.gap))} {side}"
+
+
+def _attention(run: Run) -> Iterator[str]:
+    for ref, beyond, words in (
+        ("attn_entropy.normalised", lambda x: x < SHARP, "look at hardly more than one key"),
+        ("attn_entropy.normalised", lambda x: x > UNIFORM, "look at all keys alike"),
+        ("attn_sink_mass.mass", lambda x: x > SINK, "give the first key more than half"),
+    ):
+        heads = run.summary(ref)
+        several = sum(map(beyond, _last(heads)))
+        if several:
+            yield f"{several:,} of {len(heads):,} heads {words}"
+    bounds = run.summary("attn_logit_max.lse_max") or run.summary("attn_logit_max.found")
+    largest = max(bounds, key=lambda s: -math.inf if math.isnan(s.last) else s.last, default=None)
+    if largest is not None and largest.last > LOGIT:
+        yield f"logits up to {number(largest.last)} ({largest.module})"
+
+
+def _routing(run: Run) -> Iterator[str]:
+    experts = {s.module: s.last for s in run.summary("router_balance.experts")}
+    loads = [s for s in run.summary("router_load.load") if s.module.rpartition("[")[0] in experts]
+    idle = sum(s.last < IDLE / experts[s.module.rpartition("[")[0]] for s in loads)
+    if idle:
+        yield f"{idle:,} of {len(loads):,} experts get less than a tenth of their share"
+    for s in run.summary("router_balance.effective"):
+        if s.last < NARROW * experts.get(s.module, 0):
+            yield f"{s.module} uses {s.last:.3g} of {experts[s.module]:.0f} experts"
+            break
+    dropped = max(_last(run.summary("router_balance.dropped")), default=0.0)
+    if dropped > DROPPED:
+        yield f"{dropped:.1%} of the assignments dropped"
+
+
+def _curvature(run: Run) -> Iterator[str]:
+    for s in run.summary("edge_of_stability.ratio"):
+        if s.last >= EDGE:
+            yield f"at the edge of stability: {s.last:.2f} of what the learning rate allows"
+    for s in run.summary("sharpness.value"):
+        if s.first > 0 and s.last > 0 and max(s.last / s.first, s.first / s.last) >= GROWN:
+            yield f"sharpness {number(s.first)} → {number(s.last)}"
+
+
+def _last(several: Iterable[SeriesSummary]) -> list[float]:
+    return [s.last for s in several if not math.isnan(s.last)]
