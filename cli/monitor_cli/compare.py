@@ -18,7 +18,7 @@ def compare(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="RUN",
+            metavar="RUN...",
             help="Runs, or folders of runs; the first is the reference. Default: all in ./runs.",
             show_default=False,
         ),

@@ -6,6 +6,7 @@
                 table of the screen: series, module, unit, n, nonfinite, first, last, min, max)
     steps       recorded steps
     verdict     level ("healthy", "info", "warning", "critical", "not_enough_evidence") and text
+    remarks     "phases", "attention", "routing", "curvature" -> what is remarkable there and no incident tells
     incidents   worst first: severity, head (a finding), consequences (findings), remedies of the head (text,
                 import_path), refute (what would show the head to be wrong)
     findings    every finding, the earliest first: rule, title, severity, site, module ("" is the whole run), attempt,
@@ -65,6 +66,7 @@ def document(view: View) -> dict[str, Any]:
         },
         "steps": run.steps,
         "verdict": {"level": verdict.level, "text": verdict.text},
+        "remarks": {r.family: r.text for r in view.remarks},
         "incidents": [_incident(view, i) for i in verdict.incidents],
         "findings": [_finding(view, f) for f in run.findings()],
         "unjudged": dict(verdict.unjudged),

@@ -133,7 +133,7 @@ def screen(view: View, everything: bool = False) -> RenderableType:
         view: the run.
         everything: shorten nothing.
     """
-    blocks = [_header(view), *_curves(view), _verdict(view), *_incidents(view, everything)]
+    blocks = [_header(view), *_curves(view), _verdict(view), _remarks(view), *_incidents(view, everything)]
     blocks += [_numbers(view, everything), _notes(view, everything)]
     return Group(*[part for b in blocks if b is not None for part in ("", b)][1:])
 
@@ -209,6 +209,11 @@ def _verdict(view: View) -> RenderableType:
     return labelled([(badge(level), Text(text, "bold"))], gap=2)
 
 
+def _remarks(view: View) -> RenderableType | None:
+    rows = [(caption(r.family), Text(plain(r.text, 300))) for r in view.remarks]
+    return labelled(rows, gap=2) if rows else None
+
+
 def _incidents(view: View, everything: bool) -> Iterable[RenderableType]:
     incidents = view.verdict.incidents
     full, brief = (len(incidents), 0) if everything else (FULL, BRIEF)
@@ -255,8 +260,6 @@ def _sentence(f: Finding, rule: Rule | None) -> Text:
     text = Text(plain(describe(f, rule), 800))
     if f.peak_step != f.first_step:
         text.append(f" Worst at step {f.peak_step:,}.")
-    if rule is not None and rule.experimental:
-        text.append(" Experimental: these thresholds have neither a source nor a calibration yet.")
     return text
 
 
@@ -275,9 +278,10 @@ def _findings(view: View, findings: Sequence[Finding], everything: bool) -> Rend
         if others:
             what.append(f" … and {others:,} more", "dim default")
         sign = ">" if f.value > f.threshold else "<" if f.value < f.threshold else "="
+        against = number(f.value) if math.isnan(f.value) else f"{number(f.value)} {sign} {number(f.threshold)}"
         fact = (rule := view.rules.get(f.rule)) is not None and rule.audit is not None
         step = "wiring" if fact else f"step {f.first_step:,}"
-        grid.add_row(step, what, Text(f"{number(f.value)} {sign} {number(f.threshold)}", "dim"))
+        grid.add_row(step, what, Text(against, "dim"))
     hidden = len(findings) - len(shown)
     return Group(grid, Text(f"{hidden:,} more findings: --all lists them", "dim")) if hidden else grid
 
@@ -293,11 +297,12 @@ def _numbers(view: View, everything: bool) -> RenderableType | None:
     if not view.numbers:
         return None
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    grid.add_column(no_wrap=True, max_width=46)
+    grid.add_column(max_width=46)  # where there is no room a name goes on below: a number cut off is another number
     for _ in range(3):
         grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(ratio=1, no_wrap=True)
-    grid.add_row(*(Text(t, "dim") for t in ("", "last", "min", "max", "highest in each block")))
+    grid.add_column(ratio=1, no_wrap=True, min_width=6)
+    # what a narrow terminal cuts off goes last
+    grid.add_row(*(Text(t, "dim") for t in ("", "last", "min", "max", "over time, the highest in each block")))
     for ref, group in itertools.groupby(view.numbers, key=lambda series: series.ref):
         several = list(group)
         shown = several if everything else several[:FEW]
@@ -306,7 +311,7 @@ def _numbers(view: View, everything: bool) -> RenderableType | None:
             name = Text(ref)
             if len(several) > 1 or s.metric == "logged" or ref in ONE_OF_MANY:
                 name.append(f" {plain(s.module, 20)}", "dim")
-            if _unit(series.unit):
+            if series.unit not in ("1", "fraction"):  # the name says it, and at 80 columns the curve needs the room
                 name.append(f" [{series.unit}]", "dim")
             grid.add_row(name, number(s.last), number(s.min), number(s.max), Sparkline(series, FLAT))
         if len(several) > len(shown):

@@ -62,15 +62,21 @@ def screen(
 def _table(found: Comparison, unreadable: Sequence[tuple[Path, str]], everything: bool) -> RenderableType:
     rows = found.rows if everything else found.rows[:MANY]
     logged = logged_in(found.rows, 0.0 if everything else 0.5)[: None if everything else LOGGED]
+    sizes = {
+        "peak lr": ["" if row.rate is None else f"{row.rate:g}" for row in rows],
+        "parameters": [f"{row.parameters:,}" if row.parameters else "" for row in rows],
+    }
+    # what is the same in all leaves its room to what is not
+    sizes = {head: texts for head, texts in sizes.items() if len(set(texts)) > 1 or everything}
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True)
-    for _ in range(4 + len(logged)):
+    for _ in range(2 + len(logged) + len(sizes)):
         grid.add_column(no_wrap=True, justify="right")
     grid.add_column(no_wrap=True, ratio=1, min_width=22)  # only the title of the trouble may be cut
-    heads = ("run", "status", "steps", "loss", *(plain(m, 12) for m in logged), "peak lr", "parameters", "verdict")
+    heads = ("run", "status", "steps", "loss", *(plain(m, 12) for m in logged), *sizes, "verdict")
     grid.add_row(*(Text(t, "dim") for t in heads))
-    for row in rows:
+    for i, row in enumerate(rows):
         verdict = badge(row.level)
         if row.onset is not None:
             verdict.append(f"  step {row.onset:,}", "not bold default")
@@ -82,8 +88,7 @@ def _table(found: Comparison, unreadable: Sequence[tuple[Path, str]], everything
             f"{row.steps:,}",
             "" if row.loss is None else number(row.loss),
             *(number(row.logged[m]) if m in row.logged else "" for m in logged),
-            "" if row.rate is None else f"{row.rate:g}",
-            f"{row.parameters:,}" if row.parameters else "",
+            *(texts[i] for texts in sizes.values()),
             verdict,
         )
     below: list[RenderableType] = []

@@ -16,7 +16,7 @@ def run(
     ],
     args: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ARGS", help="Everything after SCRIPT is the script's own.", show_default=False),
+        typer.Argument(metavar="ARGS...", help="Everything after SCRIPT is the script's own.", show_default=False),
     ] = None,
     run_dir: Annotated[
         Path | None,

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from monitor.diagnosis.finding import Finding, Verdict
+from monitor.diagnosis.remarks import Remark, remarks
 from monitor.metric import load_metrics
 from monitor.rule import Param, Rule, load_rules
 from monitor.store.run import Run
@@ -55,6 +56,7 @@ class View:
     Attributes:
         run: the run itself.
         verdict: what is wrong with it.
+        remarks: what is remarkable in it and no incident tells.
         rules: definitions by id; a finding of an older version may name one that is not there.
         curve: the loss, one per optimizer, or nothing if none was recorded.
         numbers: the table.
@@ -69,6 +71,7 @@ class View:
 
     run: Run
     verdict: Verdict
+    remarks: tuple[Remark, ...]
     rules: Mapping[str, Rule]
     curve: tuple[Number, ...]
     numbers: tuple[Number, ...]
@@ -82,7 +85,7 @@ class View:
 
 
 def look(run: Run, everything: bool = False) -> View:
-    """Gather what is shown of ``run``; reads summaries and findings, never whole series.
+    """Gather what is shown of ``run``; reads summaries and findings, of series what `remarks` says.
 
     Args:
         run: an open run.
@@ -92,10 +95,12 @@ def look(run: Run, everything: bool = False) -> View:
     known = load_metrics()
     recorded = {f"{m}.{c}" for m, columns in run.metrics().items() for c in columns}
     mains = [(f"{name}.{known[name].plot.column}", "all") for name in run.metrics() if name in known]
+    verdict = run.verdict()
     lines = [(ref, which) for ref, which in mains if known[ref.partition(".")[0]].plot.kind == "line"]
     return View(
         run=run,
-        verdict=run.verdict(),
+        verdict=verdict,
+        remarks=remarks(run, verdict),
         rules=load_rules(),
         curve=_numbers(run, CURVE, "all"),
         numbers=tuple(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import streamlit as st
 
-from monitor.errors import MonitorError
+from monitor.errors import MonitorError, RunFormatError
 from monitor_dashboard import data, markup, theme
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page import Page, load_pages
@@ -38,7 +38,7 @@ def _body(page: Page, ticking: bool) -> None:
     try:
         wanted = _draw(page)
     except (MonitorError, OSError) as e:
-        st.html(markup.problem(str(e)))
+        st.html(markup.problem(str(e), run=not isinstance(e, RunFormatError | OSError)))
         wanted = True  # it may become readable: a run that is only starting does
     if wanted != ticking:
         st.session_state[_TICKING] = wanted

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import RLock
@@ -20,6 +21,7 @@ import streamlit as st
 from monitor.diagnosis.comparison import Comparison, Parting, compare, noise_band, parting
 from monitor.diagnosis.finding import Verdict
 from monitor.diagnosis.phases import LogTime, Phases, log_distance, phases
+from monitor.diagnosis.remarks import Remark, remarks
 from monitor.errors import RunFormatError
 from monitor.metric import SITES, Block, Metric, load_metrics
 from monitor.store.find import find_runs
@@ -112,6 +114,13 @@ class View:
         """What is wrong with the run."""
         with self._lock:
             return self.run.verdict()
+
+    @cached_property
+    def remarks(self) -> tuple[Remark, ...]:
+        """What is remarkable in the run and no incident tells."""
+        verdict = self.verdict
+        with self._lock:
+            return remarks(self.run, verdict)
 
     @cached_property
     def phases(self) -> Phases | None:
@@ -267,22 +276,32 @@ def mark(view: View) -> Hashable:
     return stamp(run.path)
 
 
-# run folders are opened anew: a view may be read by another session meanwhile
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _compared(paths: tuple[str, ...], marks: tuple[Hashable, ...]) -> Comparison:
-    return compare([open_run(Path(path)) for path in paths], pairs=0)
+def _compared(paths: tuple[str, ...], marks: tuple[Hashable, ...], _views: Sequence[View]) -> Comparison:
+    with _held(_views):
+        return compare([v.run for v in _views], pairs=0)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
-def _laid_over(first: str, other: str, marks: tuple[Hashable, Hashable]) -> Parting:
-    return parting(open_run(Path(first)), open_run(Path(other)))
+def _laid_over(first: str, other: str, marks: tuple[Hashable, Hashable], _views: tuple[View, View]) -> Parting:
+    with _held(_views):
+        return parting(_views[0].run, _views[1].run)
+
+
+@contextmanager
+def _held(views: Sequence[View]) -> Iterator[None]:
+    """No other session reads these runs meanwhile; held in one order, so that two that compare do not wait for ever."""
+    with ExitStack() as stack:
+        for view in sorted(views, key=lambda v: v.run.path):
+            stack.enter_context(view._lock)
+        yield
 
 
 def compared(views: Sequence[View]) -> Comparison:
     """Runs side by side, the first being the reference, without where they part."""
-    return _compared(tuple(str(v.run.path) for v in views), tuple(mark(v) for v in views))
+    return _compared(tuple(str(v.run.path) for v in views), tuple(mark(v) for v in views), views)
 
 
 def laid_over(first: View, other: View) -> Parting:
     """Where ``other`` parts from ``first``."""
-    return _laid_over(str(first.run.path), str(other.run.path), (mark(first), mark(other)))
+    return _laid_over(str(first.run.path), str(other.run.path), (mark(first), mark(other)), (first, other))

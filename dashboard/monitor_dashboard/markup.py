@@ -21,6 +21,7 @@ from monitor.diagnosis.comparison import (
 )
 from monitor.diagnosis.finding import Finding, Incident, Verdict
 from monitor.diagnosis.incident import together
+from monitor.diagnosis.remarks import Remark
 from monitor.diagnosis.report import describe
 from monitor.diagnosis.text import number, place, plain, when
 from monitor.rule import Rule
@@ -48,6 +49,12 @@ def verdict(v: Verdict) -> str:
     return f'<div class="mon-verdict level-{v.level}"><span class="word">{WORDS[v.level]}</span>{html(v.text)}</div>'
 
 
+def remarks(several: Sequence[Remark]) -> str:
+    """What is remarkable, a line each; nothing if nothing is."""
+    lines = [f"<div><b>{html(r.family)}</b> &ensp;{html(r.text)}</div>" for r in several]
+    return f'<div class="mon-remarks">{"".join(lines)}</div>' if lines else ""
+
+
 def incident_label(i: int, incident: Incident, rules: Mapping[str, Rule]) -> str:
     """Markdown label of an incident's expander: number as on the chart, title, steps."""
     head = incident.head
@@ -70,6 +77,13 @@ def incident(incident: Incident, rules: Mapping[str, Rule]) -> str:
         if rule.experimental:
             parts.append('<p class="mon-source">Experimental: thresholds without a source or a calibration.</p>')
     return f'<div class="mon-incident">{"".join(parts)}</div>'
+
+
+def incidents(several: Sequence[Incident], rules: Mapping[str, Rule]) -> str:
+    """Many incidents, a line each: when, what, where."""
+    heads = [i.head for i in several]
+    told = [(when(h, rules.get(h.rule)), f"{h.title} · {place(h)} · {number(h.value)}") for h in heads]
+    return f'<div class="mon-incident">{table(told, words=True)}</div>'
 
 
 def _where(finding: Finding, rule: Rule | None) -> list[tuple[str, str]]:
@@ -199,8 +213,8 @@ def head(run: Run) -> str:
     level = {"failed": "critical", "died": "critical", "interrupted": "warning"}.get(
         state, "info" if live else "healthy"
     )
-    facts = [f"{run.steps:,} steps"]
-    if run.steps:
+    facts = [counted(run.steps, "step")]
+    if run.steps > 1:
         facts.append(f"steps {run.first_step:,}–{run.last_step:,}")
     if run.attempts > 1:
         facts.append(f"{run.attempts} attempts")
@@ -215,7 +229,7 @@ def recording(run: Run, warnings: Sequence[str]) -> str:
     rows: list[tuple[str, object]] = [("script", PurePath(info["script"]).name), ("started", begun)]
     if parameters := facts.get("parameters", []):
         sizes = [p.get("numel") for p in parameters]
-        words = [facts.get("class"), f"{len(parameters):,} tensors"]
+        words = [facts.get("class"), counted(len(parameters), "tensor")]
         words += [f"{sum(sizes):,} parameters"] if all(isinstance(n, int) for n in sizes) else []
         rows.append(("model", " · ".join(str(w) for w in words if w)))
     rows += [("optimizer", o.get("class", "unknown")) for o in facts.get("optimizers", [])]
@@ -241,6 +255,12 @@ def heading_of(module: str) -> str:
     return f'<div class="mon-module">{html(module, 120)}</div>'
 
 
-def problem(text: str) -> str:
-    """The one line that stands in place of a page."""
-    return f'<div class="mon-verdict level-warning"><span class="word">No run to show</span>{html(text)}</div>'
+def counted(n: int, what: str) -> str:
+    """A number of things: "1 step", "2 steps"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def problem(text: str, *, run: bool = False) -> str:
+    """The one line that stands in place of a page; ``run`` if there is a run, and the fault is not its own."""
+    what = "This page cannot be shown" if run else "No run to show"
+    return f'<div class="mon-verdict level-warning"><span class="word">{what}</span>{html(text)}</div>'

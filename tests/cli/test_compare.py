@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +10,7 @@ import pytest
 
 from monitor.store.writer import RunWriter
 from monitor_cli import json_compare, render, render_compare
+from tests.cli.kit import FLOOR, assert_light, spent
 
 if TYPE_CHECKING:
     from monitor.metric import Array
@@ -170,6 +168,14 @@ class TestScreen:
         drawn = render.spark(steps, np.array([0, 2, 4, 6, 8], np.float32), 49, 10, False, frame)
         assert drawn == "▁▃▅▇█     "
 
+    def test_what_is_the_same_in_all_is_left_out(self, record: Record, shell: Shell) -> None:
+        """Oracle: definition. A column of equal numbers says nothing in a comparison; ``--all`` has it."""
+        paths = [record(name, facts=model(1000, 1e-3)) for name in ("a", "b")]
+        wide = record("wide", facts=model(2000, 1e-3))
+        assert "parameters" not in lines(shell("compare", *paths).stdout)[0]
+        assert "parameters" in lines(shell("compare", *paths, "--all").stdout)[0]
+        assert "parameters" in lines(shell("compare", *paths, wide).stdout)[0]
+
 
 class TestWhichRuns:
     def test_fewer_than_two(self, record: Record, shell: Shell) -> None:
@@ -257,30 +263,13 @@ class TestJson:
 
 class TestCost:
     def test_heavy_libraries_stay_out(self, record: Record) -> None:
-        code = (
-            "import sys\n"
-            "from monitor_cli.app import app\n"
-            "try:\n app()\n"
-            "except SystemExit as e:\n assert e.code == 0, e.code\n"
-            "heavy = {'torch', 'pandas', 'duckdb', 'streamlit', 'plotly', 'monitor_dashboard'} & set(sys.modules)\n"
-            "assert not heavy, heavy\n"
-        )
-        args = ["compare", str(record("a")), str(record("b"))]
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        assert_light("compare", str(record("a")), str(record("b")))
 
     def test_it_answers_within_a_second_of_cpu(self, record: Record) -> None:
         """On a machine that is busy or slow: within four times what importing the libraries alone takes there."""
-
-        def spent(*args: str) -> float:
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, *args], stdout=subprocess.DEVNULL, check=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
         paths = [str(record(name, parameters=80)) for name in ("a", "b")]
         ours = min(spent("-m", "monitor_cli", "compare", *paths) for _ in range(2))
-        floor = spent("-c", "import typer, rich.table, numpy, pyarrow.parquet")
+        floor = spent(*FLOOR)
         assert ours < max(1.0, 4 * floor)
 
 

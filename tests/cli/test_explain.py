@@ -7,6 +7,7 @@ from rich.cells import cell_len
 
 from monitor.metric import load_metrics
 from monitor.rule import HEADINGS, load_rules
+from monitor_cli.app import _ASCII
 
 if TYPE_CHECKING:
     from .conftest import Shell
@@ -70,3 +71,10 @@ def test_an_unknown_name_gets_its_neighbours(shell: Shell, name: str, hint: str)
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert hint in result.stderr
+
+
+def test_every_formula_can_be_read_in_ascii() -> None:
+    """Oracle: invariance. No sign that a definition uses becomes a "?" where a terminal knows ASCII only."""
+    told = [*(m.doc for m in load_metrics().values()), *(r.doc for r in load_rules().values())]
+    signs = {c for text in told for c in text if not c.isascii()}
+    assert {c for c in signs if "?" in c.translate(_ASCII).encode("ascii", "replace").decode()} == set()

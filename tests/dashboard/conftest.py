@@ -1,21 +1,32 @@
-"""Runs for the dashboard to show: written by the real writer from rows made by formula."""
+"""Runs to show, written by the real writer from rows made by formula; pages alone, the real server and a browser."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from streamlit.testing.v1 import AppTest
 
+import monitor
+import monitor_dashboard
 from monitor.block import ABSENT, Layout, RawBlock, Segment, evaluate
 from monitor.diagnosis.engine import Engine, rules_hash
 from monitor.metric import load_metrics
 from monitor.rule import load_rules
 from monitor.store.writer import RunWriter
+from monitor_dashboard import data
+from tests.dashboard.kit import healthy, wait_for
 
+CHROMIUM = Path("/usr/bin/chromium")
+APP = Path(monitor_dashboard.__file__).parent / "app.py"
+SOURCES = [str(APP.parents[1]), str(Path(monitor.__file__).parents[1])]
 LOGITS = ("n", "classes", "sum_norm", "max_norm", "sum_cnorm", "max_cnorm")
 GRADIENT = ("norm", "max_abs", "nonfinite")
 UPDATE = ("update_norm", "param_norm")
@@ -30,7 +41,7 @@ class Scripted:
         self.writer = RunWriter.create(folder, script="train.py")
         self.path = self.writer.path
         self._random = np.random.default_rng(0)
-        self._step = 0
+        self.step = 0
         self._pending: list[tuple[int, np.ndarray]] = []
         parts = (
             ("loss", ("value", "micro_steps"), ("",)),
@@ -74,10 +85,10 @@ class Scripted:
     def train(self, steps: int) -> Scripted:
         """Record ``steps`` more steps to the tail."""
         for _ in range(steps):
-            row = self._row(self._step)
-            self.writer.tail.row(self._step, self.layout.number, row.tobytes())
-            self._pending.append((self._step, row))
-            self._step += 1
+            row = self._row(self.step)
+            self.writer.tail.row(self.step, self.layout.number, row.tobytes())
+            self._pending.append((self.step, row))
+            self.step += 1
         return self
 
     def flush(self) -> Scripted:
@@ -86,7 +97,7 @@ class Scripted:
         self._pending = []
         block = RawBlock(self.layout, np.array(at), np.stack(rows))
         columns = evaluate(block, [m for m in load_metrics().values() if self._reads(m)])
-        self.writer.tail.rotate(self._step)
+        self.writer.tail.rotate(self.step)
         self.writer.append(columns)
         self.engine.feed(columns)
         self.writer.findings(self.engine.findings(), self.engine.state(), rules_hash(load_rules()))
@@ -115,3 +126,78 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MONITOR_RUNS", raising=False)
     yield
     os.environ.pop("MONITOR_RUNS", None)
+
+
+@pytest.fixture
+def show_page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
+    """Runs the page of this title alone on a folder of runs, with an address."""
+
+    def run(title: str, folder: Path, **address: Any) -> AppTest:
+        monkeypatch.setenv(data.RUNS_VARIABLE, str(folder))
+        data.list_runs.clear()
+        app = AppTest.from_function(_alone, args=(title, address.pop("run", "")), default_timeout=60)
+        for name, value in address.items():
+            app.query_params[name.rstrip("_")] = value
+        app.run()
+        assert not app.exception, app.exception
+        return app
+
+    return run
+
+
+def _alone(title: str, name: str) -> None:
+    from monitor_dashboard import data
+    from monitor_dashboard.page import load_pages
+
+    (page,) = (p for p in load_pages() if p.title == title)
+    runs = data.list_runs(data.runs_root())
+    page.render(data.view(runs.get(name, next(iter(runs.values())))))
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Any]:
+    """Starts the real server on a folder, from a folder of no importance; its address."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(folder: Path) -> str:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command = [sys.executable, "-m", "streamlit", "run", str(APP), f"--server.port={port}"]
+        path = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
+        with (tmp_path / "server.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    command,
+                    cwd=tmp_path,
+                    env=os.environ | {"MONITOR_RUNS": str(folder), "PYTHONPATH": path},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        wait_for(lambda: healthy(port), "the server answers", seconds=60)
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of a browser that writes down what it is asked to fetch and what goes wrong: ``asked``, ``wrong``."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"no browser: {CHROMIUM} is not installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        shown: Any = browser.new_page(viewport={"width": 1440, "height": 900})
+        shown.asked, shown.wrong = [], []
+        shown.on("request", lambda request: shown.asked.append(request.url))
+        shown.on("websocket", lambda socket: shown.asked.append(socket.url))
+        shown.on("pageerror", lambda error: shown.wrong.append(str(error)))
+        shown.on("console", lambda line: shown.wrong.append(line.text) if line.type == "error" else None)
+        yield shown
+        browser.close()

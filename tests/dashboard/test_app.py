@@ -13,11 +13,13 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 import monitor_dashboard
-from monitor_dashboard import data
+from monitor_dashboard import data, panels
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page import load_pages
+from tests.dashboard.kit import charts, said
 
 APP = Path(monitor_dashboard.__file__).parent / "app.py"
+SAMPLES = Path(__file__).parents[2] / "sample_runs"
 EVIL = "blocks.<img src=http://192.0.2.1/x>.:material/home:"
 
 
@@ -35,17 +37,6 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
     return run
 
 
-def said(app: AppTest) -> str:
-    """All text of the page."""
-    assert not app.exception, app.exception
-    return "\n".join(h.body for h in app.html) + "\n".join(e.label for e in app.expander)
-
-
-def charts(app: AppTest) -> list[dict]:
-    """The figures on the page, from the top."""
-    return [json.loads(c.proto.spec) for c in app.get("plotly_chart")]
-
-
 def test_page_of_a_sick_run(scripted, show, tmp_path: Path) -> None:
     """Oracle: planted fault (a loss spike at step 200)."""
     scripted(tmp_path / "sick", spike=200).train(300).finish()
@@ -58,11 +49,34 @@ def test_page_of_a_sick_run(scripted, show, tmp_path: Path) -> None:
     assert "1.2%" in text  # the overhead, as it was measured
     figures = charts(app)
     assert len(figures) == 3
-    pins = [t for t in figures[0]["data"] if t.get("yaxis") == "y20"]
+    pins = [t for t in figures[0]["data"] if t.get("yaxis") == "y100"]
     assert any("1" in t.get("text", []) for t in pins)
     assert len(figures[1]["data"]) == 2 + 8  # two maps, and a row to click per tensor
     assert app.selectbox(key=Key.METRIC).value == "grad_norm"
     assert {"grad_norm", "update_ratio", "param_norm"} <= set(app.selectbox(key=Key.METRIC).options)
+
+
+def test_what_is_remarkable_is_told(show) -> None:
+    """Oracle: golden. The way of a run that grokked stands below its verdict, as in `monitor inspect`."""
+    text = said(show(SAMPLES / "grokking_p41"))
+    assert "training data learned at step" in text
+
+
+def test_many_incidents_do_not_drown_the_page(scripted, show, tmp_path: Path) -> None:
+    """Oracle: planted faults (26 spikes). The worst have a number and a place, the rest a line each; none is hidden."""
+    run = scripted(tmp_path / "a")
+    for _ in range(26):
+        run.spike = run.train(149).step
+        run.train(1)
+    app = show(run.finish())
+    count = int(said(app).partition("Incidents · ")[2].partition("<")[0])
+    assert count > panels.TOLD
+    (rest,) = (e for e in app.expander if e.label.endswith(" more"))
+    assert rest.label == f"{count - panels.TOLD} more"
+    assert rest.html[0].body.count("<tr>") == count - panels.TOLD
+    pins = [t for t in charts(app)[0]["data"] if t.get("yaxis") == "y100"]
+    numbered = [label for t in pins for label in t.get("text", []) if label]
+    assert numbered == [str(i + 1) for i in range(panels.TOLD)]
 
 
 def test_healthy_run_says_so(scripted, show, tmp_path: Path) -> None:
@@ -186,6 +200,15 @@ def test_run_without_steps(scripted, show, tmp_path: Path) -> None:
     run = scripted(tmp_path / "a")
     assert "No step has been recorded yet" in said(show(tmp_path))
     run.writer.close("interrupted")
+    assert "No step was recorded." in said(show(tmp_path))
+
+
+def test_run_of_one_step(scripted, show, tmp_path: Path) -> None:
+    """Oracle: definition. One of everything is not called many, and the only step has its label."""
+    text = said(app := show(scripted(tmp_path / "a", modules=("w",)).train(1).finish()))
+    assert "1 step<" in text
+    assert "1 tensor " in text
+    assert all(figure["layout"]["xaxis"]["tickvals"] == [0] for figure in charts(app))
 
 
 def test_damaged_part_is_named_and_the_rest_shown(scripted, show, tmp_path: Path) -> None:

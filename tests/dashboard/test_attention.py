@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
-import monitor_dashboard
 from monitor.metric import Block
-from monitor_dashboard import data, figures
+from monitor_dashboard import figures
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page.attention import latest
 from monitor_dashboard.sampling import INF, MISSING, NAN, VALUE
 from monitor_dashboard.theme import LIGHT
+from tests.dashboard.kit import charts
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
-APP = Path(monitor_dashboard.__file__).parent / "app.py"
 REF = "attn_logit_max.found"
 
 
 @pytest.fixture
-def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
+def show(show_page: Callable[..., AppTest]) -> Callable[..., AppTest]:
     """Runs the page on a run, with an address."""
-
-    def run(folder: Path, **address: str) -> AppTest:
-        monkeypatch.setenv(data.RUNS_VARIABLE, str(folder))
-        app = AppTest.from_function(_only_attention, default_timeout=30)
-        for name, value in address.items():
-            app.query_params[name] = value
-        app.run()
-        assert not app.exception, app.exception
-        return app
-
-    return run
-
-
-def _only_attention() -> None:
-    from monitor_dashboard import data
-    from monitor_dashboard.page.attention import PAGE
-
-    (path,) = data.list_runs(data.runs_root()).values()
-    PAGE.render(data.view(path))
+    return partial(show_page, "Attention")
 
 
 def test_heads_of_a_sick_run(show: Callable[..., AppTest]) -> None:
     """Oracle: golden. The map has two layers of two heads; the head of the first finding is the one chosen."""
     app = show(SAMPLES / "attention_growth")
-    figure, series = (json.loads(c.proto.spec) for c in app.get("plotly_chart"))
+    figure, series = charts(app)
     assert figure["layout"]["yaxis"]["ticktext"] == ["blocks.0", "blocks.1"]
     assert len(figure["data"][2]["customdata"]) == 4
     assert app.selectbox(key=Key.HEAD_METRIC).options == [
@@ -115,55 +91,22 @@ def test_map_shows_every_head_and_draws_nothing_from_names() -> None:
         assert np.isnan(colours["z"]).sum() == 2  # NaN, and a head the second layer does not have
         assert colours["z"][0, 0] == (1 if log else 10)
         assert len(clicked["x"]) == 3
-        (frame,) = drawn.layout.shapes
+        *_, frame = drawn.layout.shapes  # the last lies on top
         assert (frame.x0, frame.y0) == (-0.5, 0.5)
         assert "<img" not in str(figure.to_json())
         assert "%{x}" not in clicked["hovertemplate"] + str(clicked["customdata"])
 
 
 @pytest.mark.browser
-def test_clicking_a_head_in_a_browser(tmp_path: Path) -> None:
+def test_clicking_a_head_in_a_browser(serve: Any, page: Any) -> None:
     """Oracle: real browser. A click in the map shows that head; nothing goes wrong and nobody else is asked."""
-    chromium = Path("/usr/bin/chromium")
-    if not chromium.exists():
-        pytest.skip(f"no browser: {chromium} is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    sources = os.pathsep.join([str(APP.parents[1]), str(APP.parents[2]), os.environ.get("PYTHONPATH", "")])
-    server = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", str(APP), f"--server.port={port}"], cwd=tmp_path,
-        env=os.environ | {"MONITOR_RUNS": str(SAMPLES / "attention_growth"), "PYTHONPATH": sources},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{address}/_stcore/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.2)
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
-            page: Any = browser.new_page(viewport={"width": 1440, "height": 900})
-            asked: list[str] = []
-            wrong: list[str] = []
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.goto(f"{address}/attention?head=blocks.0%5B0%5D")
-            page.wait_for_selector(".js-plotly-plot .heatmaplayer", timeout=60_000)
-            page.wait_for_timeout(800)
-            if shot := os.environ.get("MONITOR_SCREENSHOT"):
-                page.screenshot(path=shot, full_page=True)
-            area = page.locator(".js-plotly-plot .nsewdrag").first.bounding_box()
-            page.mouse.click(area["x"] + area["width"] * 0.75, area["y"] + area["height"] * 0.75)
-            page.wait_for_function("() => decodeURIComponent(location.search).includes('blocks.1[1]')", timeout=30_000)
-            assert not wrong
-            assert all(url.startswith((address, "data:", "blob:")) for url in asked)
-            browser.close()
-    finally:
-        server.terminate()
-        server.wait(10)
+    address = serve(SAMPLES / "attention_growth")
+    page.goto(f"{address}/attention?head=blocks.0%5B0%5D")
+    page.wait_for_selector(".js-plotly-plot .heatmaplayer", timeout=60_000)
+    page.wait_for_timeout(800)
+    area = page.locator(".js-plotly-plot .nsewdrag").first.bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.75, area["y"] + area["height"] * 0.75)
+    page.wait_for_function("() => decodeURIComponent(location.search).includes('blocks.1[1]')", timeout=30_000)
+    # Streamlit looks for its own files below a page's address first
+    assert [line for line in page.wrong if "404" not in line] == []
+    assert {urlsplit(url).hostname for url in page.asked if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}

@@ -2,98 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-import monitor
-import monitor_dashboard
+from tests.dashboard.kit import wait_for
 
-CHROMIUM = Path("/usr/bin/chromium")
-APP = Path(monitor_dashboard.__file__).parent / "app.py"
-SOURCES = [str(APP.parents[1]), str(Path(monitor.__file__).parents[1])]
 #: Names that would fetch something, or run, if anything took them for markup.
 EVIL = "blocks.9.<img src=http://192.0.2.1/x.png onerror=alert(1)>![x](http://192.0.2.1/y.png):material/home:%{x}"
 RANGE = "() => document.querySelector('.js-plotly-plot').layout.xaxis.range"
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Any]:
-    """Starts the real server on a folder, from a folder of no importance; its address."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(folder: Path) -> str:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        command = [sys.executable, "-m", "streamlit", "run", str(APP), f"--server.port={port}"]
-        path = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
-        with (tmp_path / "server.log").open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    command,
-                    cwd=tmp_path,
-                    env=os.environ | {"MONITOR_RUNS": str(folder), "PYTHONPATH": path},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-        wait_for(lambda: healthy(port), "the server answers", seconds=60)
-        return f"http://127.0.0.1:{port}"
-
-    yield start
-    for process in started:
-        process.terminate()
-        process.wait(10)
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    """A page of a browser that writes down what it is asked to fetch and what goes wrong: ``asked``, ``wrong``."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser: {CHROMIUM} is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        shown: Any = browser.new_page(viewport={"width": 1440, "height": 900})
-        shown.asked, shown.wrong = [], []
-        shown.on("request", lambda request: shown.asked.append(request.url))
-        shown.on("websocket", lambda socket: shown.asked.append(socket.url))
-        shown.on("pageerror", lambda error: shown.wrong.append(str(error)))
-        shown.on("console", lambda line: shown.wrong.append(line.text) if line.type == "error" else None)
-        yield shown
-        browser.close()
-
-
-def healthy(port: int) -> bool:
-    """True once the server answers on ``port``."""
-    try:
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=2)) as connection:
-            connection.request("GET", "/_stcore/health")
-            return connection.getresponse().status == 200
-    except OSError:
-        return False
-
-
-def wait_for(condition: Any, what: str, seconds: float = 20) -> None:
-    """Return once ``condition()`` holds; fail with ``what`` otherwise."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain until {what}"
-        time.sleep(0.1)
 
 
 def test_compare_in_a_browser(scripted, serve, page, tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +20,23 @@ from monitor_dashboard import data, figures, sampling
 from monitor_dashboard.figures import Envelope, Mark, Panel
 from monitor_dashboard.keys import Key
 from monitor_dashboard.theme import DARK, LIGHT
+from tests.dashboard.kit import charts, said
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
 EVIL = "r<img src=http:@192.0.2.1@x>[b]:material@home:\x1b[31m%{x}"
 
 
 @pytest.fixture
-def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
-    """Runs the page on one run of a folder, with an address."""
-
-    def run(folder: Path, name: str = "", **address: Any) -> AppTest:
-        monkeypatch.setenv(data.RUNS_VARIABLE, str(folder))
-        monkeypatch.setenv("MONITOR_REFERENCE", name)
-        data.list_runs.clear()
-        app = AppTest.from_function(_only_compare, default_timeout=60)
-        for key, value in address.items():
-            app.query_params[key] = value
-        return app.run()
-
-    return run
-
-
-def _only_compare() -> None:
-    import os
-
-    from monitor_dashboard import data
-    from monitor_dashboard.page.compare import PAGE
-
-    runs = data.list_runs(data.runs_root())
-    PAGE.render(data.view(runs.get(os.environ["MONITOR_REFERENCE"], next(iter(runs.values())))))
-
-
-def said(app: AppTest) -> str:
-    assert not app.exception, app.exception
-    return "\n".join(h.body for h in app.html) + "\n".join(e.label for e in app.expander)
-
-
-def charts(app: AppTest) -> list[dict[str, Any]]:
-    return [json.loads(c.proto.spec) for c in app.get("plotly_chart")]
+def show(show_page: Callable[..., AppTest]) -> Callable[..., AppTest]:
+    """Runs the page on a run, with an address."""
+    return partial(show_page, "Compare")
 
 
 def test_two_runs_that_part(scripted, show, tmp_path: Path) -> None:
     """Oracle: planted fault (a spike at step 200 of one of two equal runs), and what `monitor compare` computes."""
     scripted(tmp_path / "good").train(300).finish()
     scripted(tmp_path / "bad", spike=200).train(300).finish()
-    app = show(tmp_path, "good")
+    app = show(tmp_path, run="good")
     text = said(app)
     p = parting(open_run(tmp_path / "good"), open_run(tmp_path / "bad"))
     assert p.identical_until == 199
@@ -83,7 +55,7 @@ def test_a_series_is_chosen_by_address_and_button(scripted, show, tmp_path: Path
     """Oracle: invariance. A link shows the same series; the button of a parting shows that one."""
     scripted(tmp_path / "good").train(300).finish()
     scripted(tmp_path / "bad", nan=250).train(300).finish()
-    app = show(tmp_path, "good", series="grad_norm.norm", of="blocks.1.mlp.weight")
+    app = show(tmp_path, run="good", series="grad_norm.norm", of="blocks.1.mlp.weight")
     assert app.selectbox(key=Key.SERIES).value == "grad_norm.norm"
     assert app.selectbox(key=Key.SERIES_OF).value == "blocks.1.mlp.weight"
     assert "parts at step 250" in said(app)
@@ -96,7 +68,7 @@ def test_a_run_that_leaves_the_band_is_marked(show, tmp_path: Path) -> None:
     """Oracle: golden (two sample runs). A ring where the loss parts, at the step and value that were computed."""
     for name in ("moe_digits", "moe_digits_no_aux"):
         shutil.copytree(SAMPLES / name, tmp_path / name)
-    app = show(tmp_path, "moe_digits")
+    app = show(tmp_path, run="moe_digits")
     p = parting(open_run(tmp_path / "moe_digits"), open_run(tmp_path / "moe_digits_no_aux"))
     (d,) = [d for d in p.later if d.ref == "loss.value"]
     ring = [t for t in charts(app)[0]["data"] if t.get("marker", {}).get("symbol") == "circle"]
@@ -112,7 +84,7 @@ def test_too_few_runs_are_one_line(others: int, scripted, show, tmp_path: Path) 
     if others:
         shutil.copytree(tmp_path / "only", tmp_path / "broken")
         (tmp_path / "broken" / "run.json").write_text("{")
-    text = said(show(tmp_path, "only"))
+    text = said(show(tmp_path, run="only"))
     assert text.count("mon-line") == 1
     assert ("needs two or more runs" in text) == (not others)
     assert ("broken" in text) == bool(others)
@@ -123,7 +95,7 @@ def test_nothing_in_common_and_no_steps(scripted, show, tmp_path: Path) -> None:
     scripted(tmp_path / "full").train(60).finish()
     empty = scripted(tmp_path / "empty")
     for name in ("full", "empty"):
-        text = said(show(tmp_path, name))
+        text = said(show(tmp_path, run=name))
         assert "nothing in common" in text
         assert "No series was recorded in this run and in another one." in text
     empty.writer.close("interrupted")
@@ -134,7 +106,7 @@ def test_hostile_names_are_shown_as_text(scripted, show, tmp_path: Path) -> None
     modules = ("a.weight", EVIL.replace("@", "/"))
     scripted(tmp_path / "good", modules=modules).train(120).finish()
     scripted(tmp_path / EVIL, modules=modules, nan=60).train(120).finish()
-    app = show(tmp_path, "good", series="grad_norm.norm", of=modules[1])
+    app = show(tmp_path, run="good", series="grad_norm.norm", of=modules[1])
     labels = "".join(e.label for e in (*app.expander, *app.button))  # read as Markdown
     drawn = "".join(h.body for h in app.html) + "".join(c.proto.spec for c in app.get("plotly_chart"))
     assert labels.count(":") == labels.count(":\N{WORD JOINER}") > 0
@@ -211,7 +183,7 @@ def test_a_run_that_begins_does_not_change_what_is_compared(scripted, show, tmp_
     """Oracle: invariance. The choice stays, made or not; a reference that was among the others is no longer one."""
     for name in ("a", "b", "c"):
         scripted(tmp_path / name).train(30).finish()
-    app = show(tmp_path, "a")
+    app = show(tmp_path, run="a")
     assert sorted(app.multiselect(key=Key.AGAINST).value) == ["b", "c"]
     scripted(tmp_path / "d").train(30).finish()
     data.list_runs.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,17 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 import monitor
-from monitor_dashboard import data, figures
+from monitor_dashboard import figures
 from monitor_dashboard.figures import Spectra
 from monitor_dashboard.page import load_pages
 from monitor_dashboard.theme import DARK
-
-HERE = "from monitor_dashboard import data\nfrom monitor_dashboard.page import curvature\nimport pathlib, os\n"
+from tests.dashboard.kit import charts, said
 
 
 @pytest.fixture
-def show(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], AppTest]:
-    """Runs the page on a run."""
-
-    def run(folder: Path) -> AppTest:
-        monkeypatch.setenv(data.RUNS_VARIABLE, str(folder))
-        script = HERE + "curvature.page(data.view(pathlib.Path(os.environ['MONITOR_RUNS'])))"
-        return AppTest.from_string(script, default_timeout=30).run()
-
-    return run
+def show(show_page: Callable[..., AppTest]) -> Callable[..., AppTest]:
+    """Runs the page on a run, with an address."""
+    return partial(show_page, "Curvature")
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +49,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[optimizer]
 
     return run
-
-
-def said(app: AppTest) -> str:
-    assert not app.exception, app.exception
-    return "\n".join(h.body for h in app.html)
-
-
-def charts(app: AppTest) -> list[dict[str, Any]]:
-    return [json.loads(c.proto.spec) for c in app.get("plotly_chart")]
 
 
 def titles(figure: dict[str, Any]) -> list[str]:

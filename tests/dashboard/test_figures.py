@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor_dashboard import figures, sampling
-from monitor_dashboard.figures import Panel, Pin
+from monitor_dashboard.figures import Panel, Pin, axes, names
 from monitor_dashboard.sampling import MAX_POINTS, MISSING, NAN, VALUE, Grid
 from monitor_dashboard.theme import LIGHT
 
@@ -70,7 +70,7 @@ def test_every_trace_stands_within_its_scale() -> None:
 def test_pins_are_numbered_and_told() -> None:
     pins = [Pin(10, 20, "critical", "1", "collapsed"), Pin(15, 15, "warning", "", "spiked")]
     figure: Any = figures.lines([panel("loss", 50)], pins, (0, 49), LIGHT)
-    marks = [t for t in figure.data if t["yaxis"] == "y20"]
+    marks = [t for t in figure.data if t["yaxis"] == "y100"]
     assert [list(t["x"]) for t in marks] == [[15], [10]]
     assert list(marks[1]["text"]) == ["1"]
     assert "collapsed" in marks[1]["customdata"][0]
@@ -121,10 +121,10 @@ def test_map_of_nothing_but_nan() -> None:
 
 
 def test_short_names() -> None:
-    names = ["h.0.attn.weight", "h.0.mlp.weight", "h.10.mlp.weight"]
-    assert figures.short_names(names) == ["…0.attn.weight", "…0.mlp.weight", "…10.mlp.weight"]
-    assert figures.short_names(["weight", "bias"]) == ["weight", "bias"]
-    assert figures.short_names(["a.b"]) == ["a.b"]
+    modules = ["h.0.attn.weight", "h.0.mlp.weight", "h.10.mlp.weight"]
+    assert names.short_names(modules) == ["…0.attn.weight", "…0.mlp.weight", "…10.mlp.weight"]
+    assert names.short_names(["weight", "bias"]) == ["weight", "bias"]
+    assert names.short_names(["a.b"]) == ["a.b"]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_short_names() -> None:
 )
 def test_labels_of_an_axis(low: float, high: float, log: bool, words: list[str]) -> None:
     """Oracle: closed form (round numbers within the limits, told apart and written alike)."""
-    at, found = figures.scale(low, high, log=log, room=3)
+    at, found = axes.scale(low, high, log=log, room=3)
     assert found == words
     assert [float(w.replace(",", "")) for w in found] == pytest.approx(at)
     assert len(set(found)) == len(found)
@@ -157,6 +157,96 @@ def test_labels_of_an_axis(low: float, high: float, log: bool, words: list[str])
 def test_any_axis_has_labels(middle: float, size: float, room: int, log: bool) -> None:
     """Oracle: invariance. Whatever the limits: two to ten labels, all different."""
     half = 0.01 + abs(size) if log else 10.0**size
-    at, found = figures.scale(middle - half, middle + half, log=log, room=room)
+    at, found = axes.scale(middle - half, middle + half, log=log, room=room)
     assert 2 <= len(at) <= 10
     assert len(set(found)) == len(found)
+
+
+def words(figure: Any) -> list[str]:
+    """What is written in and beside a figure."""
+    return [a.text for a in figure.layout.annotations]
+
+
+def strip(values: list[float], *, log: bool = False, name: str = "x") -> Panel:
+    return Panel("t", "", "", {name: sampling.line(np.arange(len(values)), np.array(values), log=log)}, log, 60)
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "said", "key"),
+    [
+        ([math.nan] * 3, False, "no finite value in these steps", "✕ 3 NaN"),
+        ([math.nan, math.inf], True, "no finite value in these steps", "✕ 2 NaN, +inf"),
+        ([0.0, -1.0], True, "no value above 0 in these steps", "✕ 2 ≤ 0"),
+        ([], False, "nothing recorded in these steps", None),
+        ([0.0, 0.0], False, None, None),
+        ([1.0, math.inf], False, None, "✕ 1 +inf"),
+    ],
+)
+def test_a_panel_says_what_it_cannot_draw(values: list[float], log: bool, said: str | None, key: str | None) -> None:
+    """Oracle: definition. No scale is made up where there is nothing to measure, and every cross is explained."""
+    figure: Any = figures.lines([strip(values, log=log)], [], (0, 5), LIGHT)
+    assert [w for w in words(figure) if "in these steps" in w] == ([said] if said else [])
+    assert [w for w in words(figure) if w.startswith("✕")] == ([key] if key else [])
+    assert bool(figure.layout.yaxis.tickvals) == (said is None)
+
+
+def test_every_line_has_its_name() -> None:
+    """Oracle: invariance. A panel grows until the names of its lines fit, and no two of them are cut to the same."""
+    modules = [f"blocks.{i}.attention.projection.{part}.weight" for i in range(4) for part in ("query", "value")]
+    drawn = {name: sampling.line(np.arange(3), np.full(3, 0.01234)) for name in modules}
+    figure: Any = figures.lines([Panel("t", "a caption " * 9, "", drawn, False, 60)], [], (0, 2), LIGHT)
+    told = [a for a in figure.layout.annotations if "0.01234" in a.text]
+    assert len({a.text for a in told}) == len(modules)
+    assert max(-a.yshift for a in told) + 15 <= figure.layout.height
+
+
+def test_findings_have_an_axis_of_their_own() -> None:
+    """Oracle: planted fault (more panels than anybody thought of)."""
+    figure: Any = figures.lines([panel(str(i), 20) for i in range(25)], [Pin(3, 4, "warning", "", "x")], (0, 19), LIGHT)
+    (pins,) = (t for t in figure.data if t.marker.symbol == "triangle-down")
+    assert pins.yaxis not in {t.yaxis for t in figure.data if t is not pins}
+    assert pins.cliponaxis is False
+
+
+@pytest.mark.parametrize("last", [0, 2, 8])
+def test_few_steps_have_a_label_each(last: int) -> None:
+    """Oracle: closed form. No step is named twice, and none that there is not."""
+    figure: Any = figures.lines([panel("loss", 9)], [], (0, last), LIGHT)
+    assert list(figure.layout.xaxis.tickvals) == list(range(last + 1))
+
+
+@pytest.mark.parametrize("values", [[1e308, -1e308], [5e-324, 1e-320], [3e38, 1e-45], [1e308, 1.0]])
+@pytest.mark.parametrize("log", [False, True])
+def test_any_value_has_a_place(values: list[float], log: bool) -> None:
+    """Oracle: planted fault (the largest and the smallest numbers there are)."""
+    figure: Any = figures.lines([strip(values, log=log)], [], (0, 1), LIGHT)
+    assert np.isfinite(figure.layout.yaxis.range).all()
+    assert len(figure.layout.yaxis.ticktext) > 0
+
+
+def test_map_tells_what_its_colours_mean() -> None:
+    """Oracle: definition. The colour of what is not finite is explained where it occurs, and only there."""
+    state = np.array([[VALUE, NAN]], dtype=np.int8)
+    for shown in (state, np.full((1, 2), VALUE, dtype=np.int8)):
+        figure: Any = figures.heat_map(
+            Grid(("a",), np.arange(2), 1, np.ones((1, 2)), shown), "t", "", (0, 1), LIGHT, log=False
+        )[0]
+        assert any("NaN or infinite" in w for w in words(figure)) == bool((shown == NAN).any())
+
+
+@pytest.mark.parametrize(
+    ("whole", "room", "cut"),
+    [
+        (["mean", "max"], 8, ["mean", "max"]),
+        (["layers.0.router", "layers.1.router"], 14, ["…0.router", "…1.router"]),
+        (["layers.0.attention.query", "layers.1.attention.query"], 10, ["…0…", "…1…"]),
+        (["lr=0.1,wd=0.01", "lr=0.001,wd=0.1"], 12, ["lr=0.1…=0.01", "lr=0.0…d=0.1"]),
+        (["tokens.weight", "blocks.0.norm1.weight", "blocks.0.norm2.weight"], 14,
+         ["tokens.weight", "….norm1.weight", "….norm2.weight"]),
+        (["a" * 30, "a" * 30 + "b"], 9, ["aaaa…aaaa", "aaaa…aaab"]),
+        (["\x1b[31m"], 20, [r"\x1b[31m"]),
+    ],
+)  # fmt: skip
+def test_names_that_fit(whole: list[str], room: int, cut: list[str]) -> None:
+    """Oracle: closed form. Short enough, and told apart."""
+    assert names.fitted(whole, [room] * len(whole)) == cut

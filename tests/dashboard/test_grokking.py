@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,20 @@ from torch import nn
 
 import monitor
 import monitor_dashboard
-from monitor_dashboard import data, figures, sampling
+from monitor_dashboard import figures, sampling
 from monitor_dashboard.figures import Band, Panel
 from monitor_dashboard.page import grokking
 from monitor_dashboard.theme import LIGHT
+from tests.dashboard.kit import said
 
 APP = Path(monitor_dashboard.__file__).parent / "app.py"
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
-HERE = "\nfrom monitor_dashboard import data\nfrom monitor_dashboard.page import grokking\nimport pathlib, os\n"
 
 
 @pytest.fixture
-def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AppTest]:
+def show(show_page: Callable[..., AppTest]) -> Callable[..., AppTest]:
     """Runs the page on a run, with an address."""
-
-    def run(folder: Path, **address: str) -> AppTest:
-        monkeypatch.setenv(data.RUNS_VARIABLE, str(folder))
-        script = HERE + "grokking.page(data.view(pathlib.Path(os.environ['MONITOR_RUNS'])))"
-        app = AppTest.from_string(script, default_timeout=30)
-        for name, value in address.items():
-            app.query_params[name] = value
-        return app.run()
-
-    return run
-
-
-def said(app: AppTest) -> str:
-    assert not app.exception, app.exception
-    return "\n".join(h.body for h in app.html)
+    return partial(show_page, "Grokking")
 
 
 def chart(app: AppTest) -> dict[str, Any]:

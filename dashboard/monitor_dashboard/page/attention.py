@@ -12,9 +12,9 @@ from monitor.diagnosis.report import describe
 from monitor.diagnosis.text import when
 from monitor.metric import Block, load_metrics
 from monitor.rule import load_rules
-from monitor_dashboard import figures, markup, theme
+from monitor_dashboard import figures, markup, panels, theme, window
 from monitor_dashboard.data import View
-from monitor_dashboard.figures import Heads, Panel, Pin
+from monitor_dashboard.figures import Heads
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page import Page
 from monitor_dashboard.sampling import INF, MISSING, NAN, VALUE
@@ -69,7 +69,6 @@ def page(view: View) -> None:
         selection_mode="points",
     )  # fmt: skip
     _findings(view)
-    st.html(markup.heading_of(module))
     _series(view, module)
 
 
@@ -117,23 +116,19 @@ def _findings(view: View) -> None:
 
 def _series(view: View, module: str) -> None:
     """Every series of one head, with its own findings."""
-    window = view.span
-    panels = []
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.html(markup.heading_of(module), width="content")
+        steps = window.fields(view.span)
+    strips = []
     for name, (ref, log) in SHOWN.items():
-        if module in view.modules(ref):
-            unit = load_metrics()[ref.partition(".")[0]].column(ref.partition(".")[2]).unit
-            line = view.line(ref, module, *window, log)
-            panels.append(Panel(name, ref, "" if unit == "1" else unit, {"value": line}, log, 84))
-    pins = [
-        Pin(max(f.first_step, window[0]), min(f.last_step, window[1]), f.severity, "", f"{f.title}: {describe(f)}")
-        for i in view.verdict.incidents
-        for f in i.findings
-        if f.module == module
-    ]
-    st.plotly_chart(
-        figures.lines(panels, pins, window, theme.palette()), key=f"{Key.HEAD_MAP}-lines", theme=None,
-        config=figures.CONFIG,
-    )  # fmt: skip
+        metric, _, column = ref.partition(".")
+        told = load_metrics()[metric].column(column)
+        unit = "" if told.unit == "1" else told.unit
+        strips.append(
+            panels.strip(view, [ref], steps, title=name, caption=told.doc, unit=unit, log=log, only=(module,))
+        )
+    pins = panels.pins(view, steps, module, numbered=False)
+    window.chart(figures.lines([s for s in strips if s], pins, steps, theme.palette()), Key.HEAD_LINES)
 
 
 PAGE = Page("Attention", 20, page)

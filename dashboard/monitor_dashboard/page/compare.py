@@ -25,6 +25,8 @@ from monitor_dashboard.page import Page
 
 #: Series told of each parting, those offered as a button, and logged values with a column of their own.
 MOST, OFFERED, LOGGED = 5, 3, 2
+#: Runs laid beside the first unasked, the newest: each takes a third of a second, and a chart of few is read at once.
+BESIDE = 3
 #: So many facts that differ are shown unasked.
 FEW = 10
 #: A series that spans this factor opens on a log scale.
@@ -50,7 +52,7 @@ def page(view: View) -> bool:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.html(markup.heading("Beside"), width="content")
         chosen = st.multiselect(
-            Key.AGAINST, list(paths), default=list(paths)[:PAIRS], key=Key.AGAINST, bind="query-params",
+            Key.AGAINST, list(paths), default=list(paths)[:BESIDE], key=Key.AGAINST, bind="query-params",
             max_selections=PAIRS, label_visibility="collapsed", format_func=markup.name, placeholder="choose runs",
         )  # fmt: skip
     views, unreadable = [view], []

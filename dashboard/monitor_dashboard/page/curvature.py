@@ -9,7 +9,7 @@ import pyarrow as pa
 import streamlit as st
 
 from monitor.errors import MonitorError
-from monitor_dashboard import data, figures, markup, theme
+from monitor_dashboard import data, figures, markup, panels, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.figures import Panel, Spectra
 from monitor_dashboard.keys import Key
@@ -29,8 +29,8 @@ STRIPS = (
 )  # fmt: skip
 #: The threshold of SGD stands beside the sharpness; that of an adaptive optimizer beside the preconditioned one.
 THRESHOLD = ("edge_of_stability.threshold", "threshold")
-#: Spectra drawn at once, evenly chosen of those there are; lines in a strip.
-MOST, MAX_LINES = 80, 6
+#: Spectra drawn at once, evenly chosen of those there are.
+MOST = 80
 NOTHING = 'Curvature was not recorded: monitor.attach(model, curvature="auto") measures it.'
 
 
@@ -40,26 +40,25 @@ def page(view: View) -> None:
         why = next((str(a["why"]) for a in view.run.info["absent"] if a["what"] == "curvature"), None)
         st.html(markup.line(NOTHING if why is None else f"Curvature was not recorded: {why}"))
         return
-    window = view.span
-    panels = [p for title, caption, columns in STRIPS if (p := _strip(view, window, title, caption, columns))]
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        steps = window.fields(view.span)
+        st.html(markup.line(_headline(view)))
+    strips = [_strip(view, steps, title, caption, columns) for title, caption, columns in STRIPS]
     if "hessian_trace" in view.metrics:
-        panels.append(_trace(view, window))
-    st.html(markup.line(_headline(view)))
-    st.plotly_chart(
-        figures.lines(panels, [], window, theme.palette()), key=Key.CURVATURE, theme=None, config=figures.CONFIG
-    )
+        strips.append(_trace(view, steps))
+    window.chart(figures.lines([s for s in strips if s], [], steps, theme.palette()), Key.CURVATURE)
     found = _spectra(view)
     if found is not None:
         caption = "Eigenvalues of the Hessian: a colour for the share of them in a cell"
         st.plotly_chart(
-            figures.spectra(found, caption, "loss/weight²", window, theme.palette()), key=Key.SPECTRUM, theme=None,
+            figures.spectra(found, caption, "loss/weight²", steps, theme.palette()), key=Key.SPECTRUM, theme=None,
             config=figures.CONFIG,
         )  # fmt: skip
     _landscape(view)
     if "block_sharpness" in view.metrics:
         metric = view.metrics["block_sharpness"]
-        grid = view.grid(data.main_column(metric), *window)
-        figure, _ = figures.heat_map(grid, metric.title, "", window, theme.palette(), log=True)
+        grid = view.grid(data.main_column(metric), *steps)
+        figure, _ = figures.heat_map(grid, metric.title, "", steps, theme.palette(), log=True)
         st.plotly_chart(figure, key=Key.BLOCKS, theme=None, config=figures.CONFIG)
     if "opposing_signals" in view.metrics:
         st.html(markup.line(_opposing(view)))
@@ -90,7 +89,7 @@ def _headline(view: View) -> str:
 
 
 def _strip(
-    view: View, window: tuple[int, int], title: str, caption: str, columns: tuple[tuple[str, str], ...]
+    view: View, steps: tuple[int, int], title: str, caption: str, columns: tuple[tuple[str, str], ...]
 ) -> Panel | None:
     drawn: dict[str, Line] = {}
     if not view.modules(columns[0][0]):
@@ -99,22 +98,18 @@ def _strip(
         columns = (*columns, THRESHOLD)
     log = title not in ("hessian_eigenvalue", "batch_sharpness")  # which may be negative
     for ref, name in columns:
-        modules = view.modules(ref)
+        modules = view.modules(ref)[: panels.MAX_LINES]
         for module in modules:
             label = name if len(modules) == 1 else module.removeprefix("eigenvalue") if not name else f"{name} {module}"
-            drawn[label] = view.line(ref, module, *window, log)
-    shown = dict(list(drawn.items())[:MAX_LINES])
+            drawn[label] = view.line(ref, module, *steps, log)
     unit = data.unit(view.metrics[columns[0][0].partition(".")[0]]) if columns[0][0].endswith("value") else ""
-    height = 150 if title == "sharpness" else max(100, 60 + 15 * len(shown))
-    return Panel(title, caption, unit, shown, log=log, height=height)
+    return Panel(title, caption, unit, drawn, log, 150 if title == "sharpness" else 100)
 
 
-def _trace(view: View, window: tuple[int, int]) -> Panel:
-    drawn = {c: view.line(f"hessian_trace.{c}", "", *window, False) for c in ("trace", "stderr", "frobenius")}
-    return Panel(
-        "hessian_trace", "Sum of the eigenvalues, its error, root of the sum of their squares", "loss/weight²", drawn,
-        log=False, height=115,
-    )  # fmt: skip
+def _trace(view: View, steps: tuple[int, int]) -> Panel | None:
+    caption = "Sum of the eigenvalues, its error, root of the sum of their squares"
+    refs = [f"hessian_trace.{c}" for c in ("trace", "stderr", "frobenius")]
+    return panels.strip(view, refs, steps, title="hessian_trace", caption=caption, unit="loss/weight²", height=100)
 
 
 def _spectra(view: View) -> Spectra | None:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from monitor.diagnosis.report import describe
 from monitor.metric import load_metrics
-from monitor_dashboard import data, figures, markup, theme
+from monitor_dashboard import data, figures, markup, panels, theme, window
 from monitor_dashboard.data import View
-from monitor_dashboard.figures import Panel, Pin
+from monitor_dashboard.figures import Panel
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page import Page
 
@@ -79,7 +78,6 @@ def page(view: View) -> None:
     if not routers:
         st.html(markup.line("No router of experts was seen in this run."))
         return
-    window = view.span
     named = [f.module for i in view.verdict.incidents for f in i.findings if f.module in routers]
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.html(markup.heading("Router"), width="content")
@@ -87,16 +85,16 @@ def page(view: View) -> None:
             Key.ROUTER, routers, index=routers.index(named[0]) if named else 0, key=Key.ROUTER, bind="query-params",
             label_visibility="collapsed", width=330, format_func=markup.name,
         )  # fmt: skip
+        steps = window.fields(view.span)
         st.html(markup.line(_sizes(view, router)), width="content")
-    _loads(view, router, window)
-    _strips(view, router, BALANCE, window, "balance")
+    _loads(view, router, steps)
+    _strips(view, router, BALANCE, steps, Key.BALANCE)
     st.html(markup.heading("Pathways beside their control"))
-    pathways = _panels(view, router, PATHWAYS, window)
-    if not pathways:
+    if not _panels(view, router, PATHWAYS, steps):
         st.html(markup.line("No pathways were measured: they are looked at now and then after the first ten steps."))
         return
     st.html(markup.line(READING))
-    _strips(view, router, (*PATHWAYS, *CONTROL), window, "pathways")
+    _strips(view, router, (*PATHWAYS, *CONTROL), steps, Key.PATHWAYS)
 
 
 def _sizes(view: View, router: str) -> str:
@@ -105,48 +103,35 @@ def _sizes(view: View, router: str) -> str:
     return f"{experts:,.0f} experts, {k:,.0f} for each token, {tokens:,.0f} tokens a step"
 
 
-def _loads(view: View, router: str, window: tuple[int, int]) -> None:
+def _loads(view: View, router: str, steps: tuple[int, int]) -> None:
     """Experts × steps of the router's loads."""
     found = {m: int(e[2]) for m in view.modules(LOAD) if (e := _EXPERT.match(m)) and e[1] == router}
     if not found:
         st.html(markup.line("The loads of its experts were not recorded: there are too many."))
         return
     experts = tuple(sorted(found, key=lambda m: found[m]))
-    grid = view.grid(LOAD, *window, experts)
+    grid = view.grid(LOAD, *steps, experts)
     if grid.hidden:
         st.html(markup.line(f"{len(grid.modules)} of {len(experts):,} experts: those with the largest loads"))
-    figure, _ = figures.heat_map(grid, "Share of the assignments", "", window, theme.palette(), log=False)
+    figure, _ = figures.heat_map(grid, "Share of the assignments", "", steps, theme.palette(), log=False)
     st.plotly_chart(figure, key=Key.LOADS, theme=None, config=figures.CONFIG)
 
 
-def _panels(view: View, router: str, strips: Sequence[Strip], window: tuple[int, int]) -> list[Panel]:
+def _panels(view: View, router: str, strips: Sequence[Strip], steps: tuple[int, int]) -> list[Panel]:
     """The strips that were recorded, of the router or of the whole run."""
-    metrics = load_metrics()
-    panels = []
+    found = []
     for title, caption, metric, columns, log in strips:
-        drawn = {}
-        for column in columns:
-            modules = view.modules(f"{metric}.{column}")
-            module = router if router in modules else ""
-            if module in modules:
-                drawn[column] = view.line(f"{metric}.{column}", module, *window, log)
-        if drawn:
-            unit = data.unit(metrics[metric]) if len(drawn) == 1 else ""
-            panels.append(Panel(title, caption, unit, drawn, log, 64 + 15 * len(drawn)))
-    return panels
+        refs = [f"{metric}.{column}" for column in columns]
+        unit = data.unit(load_metrics()[metric]) if len(columns) == 1 else ""
+        found.append(
+            panels.strip(view, refs, steps, title=title, caption=caption, unit=unit, log=log, only=(router, ""))
+        )
+    return [strip for strip in found if strip]
 
 
-def _strips(view: View, router: str, strips: Sequence[Strip], window: tuple[int, int], name: str) -> None:
-    pins = [
-        Pin(max(f.first_step, window[0]), min(f.last_step, window[1]), f.severity, "", f"{f.title}: {describe(f)}")
-        for i in view.verdict.incidents
-        for f in i.findings
-        if f.module == router
-    ]
-    st.plotly_chart(
-        figures.lines(_panels(view, router, strips, window), pins, window, theme.palette()),
-        key=f"{Key.ROUTING}-{name}", theme=None, config=figures.CONFIG,
-    )  # fmt: skip
+def _strips(view: View, router: str, strips: Sequence[Strip], steps: tuple[int, int], key: Key) -> None:
+    pins = panels.pins(view, steps, router, numbered=False)
+    window.chart(figures.lines(_panels(view, router, strips, steps), pins, steps, theme.palette()), key)
 
 
 PAGE = Page("Routing", 30, page)
