@@ -7,8 +7,9 @@ is logged, evaluations are looked for: forwards of the model in `eval()` without
 holds one as ``loss`` or in a tuple, or is then given to one of torch's loss functions, the one that is trained on. What
 was evaluated since the last step has the means ``eval_loss`` and, of classes, ``eval_acc`` with the next step: over
 targets (the accuracy of batches of more than half a million logits over evenly spaced ones), or over batches where the
-model makes the loss itself. They are of all data that the script evaluates but the last training batch: where some of
-it is training data, log the two under names of their own.
+model makes the loss itself. They are of all data that the script evaluates but those it has trained on, as far as these
+are known again: on a CPU, and not where the script alters them at random. Where it evaluates several sets, log each
+under a name of its own.
 
 Healthy, unhealthy: as the script means it. A validation loss that rises while `loss` falls is overfitting; a
 validation accuracy that rises long after the training accuracy has reached 1 is grokking.

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from monitor.probes.curvature import Curvature
 
 _OPEN: dict[int, Handle] = {}
+_NO_STEP = "no step of a torch optimizer was seen (parameters changed by hand are no steps)"
 
 
 class Handle:
@@ -113,8 +114,7 @@ class Handle:
         if not say:
             return
         if recorder.rows == 0:
-            why = "no step of a torch optimizer was seen (parameters changed by hand are no steps)"
-            to_stderr(f"{why}; {flusher.writer.path} is empty")
+            to_stderr(f"{_NO_STEP}; {_short(flusher.writer.path)} is empty")
             return
         if not complete:
             to_stderr(f"the disk is too slow to finish now; nothing is lost, {flusher.writer.path} keeps the tail")
@@ -203,8 +203,6 @@ def attach(
     if held is not None:
         to_stderr(f"the model was being recorded into {_short(held.path)}; that recording ends here")
         held._close("detached", None, say=False)
-    if _rank() != 0:
-        return Handle(None, None, [root])
     return begin([model], run_dir, optimizers=optimizers, probes=asked, resume=resume, start_step=start_step)
 
 
@@ -218,7 +216,9 @@ def begin(
     start_step: int | None = None,
     follow_all: bool = False,
 ) -> Handle:
-    """Start a recording; arguments are those of `attach`, checked."""
+    """Start a recording, in the first of several processes; arguments are those of `attach`, checked."""
+    if _rank() != 0:
+        return Handle(None, None, [unwrap(m) for m in models])
     script = _script()
     folder = Path(run_dir) if run_dir is not None else _default_folder(script)
     try:
@@ -241,7 +241,7 @@ def begin(
         to_stderr(f"cannot record: {type(e).__name__}: {e}; training goes on unrecorded")
         writer.close("failed", str(e))
         return Handle(None, None, [unwrap(m) for m in models])
-    flusher.missing = recorder.missing
+    flusher.missing = lambda: recorder.missing() if recorder.rows else [("loss", _NO_STEP)]
     roots = [unwrap(m) for m in models]
     handle = Handle(recorder, flusher, roots)
     if handle._account is not None:

@@ -24,14 +24,24 @@ def clean(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s and data-parallel wrappers."""
+    """The model inside the wrappers of `torch.compile`, of data parallelism and of libraries such as Fabric."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = model.module
+        if inner is None:
+            inner = _wrapped(model)
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """What a private class of a library holds and nothing besides; some are made anew for every call."""
+    if not type(model).__name__.startswith("_") or type(model).__module__ == "__main__":
+        return None
+    held = set(map(id, model.parameters()))
+    return next((c for c in model.children() if held and held == set(map(id, c.parameters()))), None)
 
 
 def compiled_regions(model: nn.Module) -> list[str]:
@@ -54,15 +64,19 @@ def parameter_names(models: Iterable[nn.Module]) -> dict[int, str]:
     return names
 
 
-def model_facts(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> dict[str, Any]:
+def model_facts(
+    models: Iterable[nn.Module], optimizers: Iterable[Optimizer], awaited: Iterable[Optimizer] = ()
+) -> dict[str, Any]:
     """The facts of a run as plain data; see ``facts`` in run.json.
 
     Args:
         models: root modules, unwrapped.
         optimizers: those known so far, in the order in which they first stepped.
+        awaited: those that are there but have not stepped yet.
 
     Returns:
-        Keys ``modules``, ``parameters``, ``optimizers``, ``precision``, ``compiled``, ``class``.
+        Keys ``modules``, ``parameters``, ``optimizers``, ``precision``, ``compiled``, ``class``. Of a parameter in none
+        of the ``optimizers`` also whether one of the awaited has it, and whether it has a gradient now.
     """
     roots, opts = list(models), list(optimizers)
     owner: dict[int, tuple[int, int]] = {}
@@ -70,6 +84,7 @@ def model_facts(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) ->
         for j, group in enumerate(opt.param_groups):
             for p in group["params"]:
                 owner.setdefault(id(p), (i, j))
+    coming = {id(p) for opt in awaited for group in opt.param_groups for p in group["params"]}
     names = parameter_names(roots)
     aliases: dict[int, list[str]] = {}
     for root in roots:
@@ -93,6 +108,7 @@ def model_facts(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) ->
                     "group": where[1] if where else None,
                     "tied_to": [a for a in dict.fromkeys(aliases[id(p)]) if a != names[id(p)]],
                 }
+                | ({} if where else {"awaited": id(p) in coming, "gradient": p.grad is not None})
             )
     return {
         "class": ", ".join(type(r).__name__ for r in roots),

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
 
+#: Updates of another optimizer until one that is there but has not stepped is no longer waited for.
+PATIENCE = 100
 #: Layers that compute otherwise in evaluation when a mode is on the stack.
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -38,6 +40,7 @@ class Followed:
         self._updates: dict[int, int] = {}
         self._mine: dict[int, bool] = {}
         self._signature: tuple[int, ...] = ()
+        self._awaited: list[weakref.ref[Optimizer]] = []
 
     def add(self, model: nn.Module) -> nn.Module:
         """Follow ``model`` too; a root inside it is no root any more.
@@ -118,7 +121,6 @@ class Followed:
         Returns:
             The facts of the run if they have changed.
         """
-        signature = tuple(len(g["params"]) for x in self.optimizers for g in x.param_groups)
         known = [o() for o in self._optimizers]
         if all(o is not optimizer for o in known):
             self._updates[id(optimizer)] = 0
@@ -126,27 +128,27 @@ class Followed:
             at = known.index(None) if None in known else len(known)
             self._optimizers[at : at + 1] = [weakref.ref(optimizer)]
         self._updates[id(optimizer)] += 1
+        if self._updates[id(optimizer)] > PATIENCE:
+            self._awaited.clear()
+        awaited = [o for ref in self._awaited if (o := ref()) is not None and id(o) not in self._updates]
+        signature = (len(awaited), *(len(g["params"]) for x in self.optimizers for g in x.param_groups))
         if optimizer in known and signature == self._signature:
             return None
-        self._signature = tuple(len(g["params"]) for x in self.optimizers for g in x.param_groups)
-        return model_facts(self.roots, self.optimizers)
+        self._signature = signature
+        return model_facts(self.roots, self.optimizers, awaited)
 
     def alive(self, step: int) -> Iterable[int]:
         """Ids of the optimizers there are for the roots: taken to make a step together, until they do not."""
-        for o in gc.get_objects():
-            if not issubclass(type(o), Optimizer) or isinstance(getattr(o, "optimizer", None), Optimizer):
-                continue  # a wrapper round another optimizer does not step by itself
-            if self.follows(o, step):
-                yield id(o)
+        there = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
+        # a wrapper round another optimizer does not step by itself
+        there = [o for o in there if not isinstance(getattr(o, "optimizer", None), Optimizer) and self.follows(o, step)]
+        self._awaited = [weakref.ref(o) for o in there]
+        return [id(o) for o in there]
 
     @property
     def device(self) -> torch.device:
         """Where the first parameter that is anywhere is."""
-        for root in self.roots:
-            for p in root.parameters():
-                if p.device.type != "meta":
-                    return p.device
-        return torch.device("cpu")
+        return next((d for root in self.roots if (d := _device(root)) is not None), torch.device("cpu"))
 
     @property
     def sharded(self) -> bool:
@@ -160,6 +162,15 @@ class Followed:
         modules = [m for root in self.roots for m in root.modules()]
         # a module that is left has one reference more than a fresh object here: its parent's, or ours to the root
         return set(_references(modules)) == {_references([object()])[0] + 1}
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """As `Followed.device`, of one module: asked at every step, and the first of `parameters` takes longer."""
+    for p in module._parameters.values():
+        if p is not None and p.device.type != "meta":
+            return p.device
+    children = (_device(child) for child in module._modules.values() if child is not None)
+    return next((d for d in children if d is not None), None)
 
 
 def _references(held: Sequence[object]) -> list[int]:
@@ -199,6 +210,18 @@ def find_models(optimizer: Optimizer) -> list[nn.Module]:
         found.append(best[0])
         wanted -= best[1]
     return found
+
+
+def find_whole(part: nn.Module) -> nn.Module:
+    """The outermost module alive that ``part`` is a part of: itself if of none."""
+    whole, most = part, 0
+    for m in gc.get_objects():
+        if issubclass(type(m), nn.Module):
+            with suppress(Exception):  # one that is half made
+                parts = list(m.modules())
+                if len(parts) > most and any(x is part for x in parts):
+                    whole, most = m, len(parts)
+    return whole
 
 
 def find_bystanders(roots: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:

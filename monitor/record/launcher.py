@@ -2,74 +2,144 @@
 
 from __future__ import annotations
 
-import runpy
+import gc
+import io
 import sys
 import traceback
-from collections.abc import Sequence
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook, register_module_module_registration_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from monitor.probes.curvature import Curvature
 from monitor.record.attach import _OPEN, Handle, begin, close_all
+from monitor.record.copies import HiddenHooks
 from monitor.record.flush import to_stderr
-from monitor.record.followed import find_models
+from monitor.record.followed import find_models, find_whole
+from monitor.record.private import transformed
 from monitor.record.probe import Probe
 
 
 class _Finder:
-    """Finds the model of a script nobody told us about: the first module called to train, or the optimizer's."""
+    """Finds the model of a script nobody told us about: the first module called to train, or the optimizer's.
+
+    A script that trains one model after another, each with an optimizer of its own, gives a run for each.
+    """
 
     def __init__(self, run_dir: Path | None, probes: Sequence[Probe]) -> None:
         self._run_dir = run_dir
         self._probes = probes
         self._handle: Handle | None = None
+        self._begun = False  # by us, not by the script
+        self._tried: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._failed = False
+        self._calls = register_module_forward_pre_hook(partial(self._guard, self._called))
         self._hooks: list[Any] = [
-            register_module_forward_pre_hook(self._called),
-            register_optimizer_step_pre_hook(self._stepped),
+            self._calls,
+            register_module_module_registration_hook(partial(self._guard, self._registered)),
         ]
+        self._steps = register_optimizer_step_pre_hook(partial(self._guard, self._stepped))
+        self._first: Any = None
 
     @property
     def found(self) -> bool:
         """True once something is being recorded."""
         return self._handle is not None
 
-    def _called(self, module: nn.Module, args: Any) -> None:
-        """The outermost module of the first call that can be trained. Runs before any compiled region is entered."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not module.training:
-            return
-        if any(p.requires_grad for p in module.parameters()):
-            begun = not _OPEN
-            self._begin([module])
-            if begun and self._handle is not None and self._handle._recorder is not None:
-                self._handle._recorder.forward_under_way(module, args)
-
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """An optimizer steps before any module was called: its parameters lead to the module."""
-        models = find_models(optimizer)
-        if models:
-            self._begin(models)
-
-    def _begin(self, models: list[nn.Module]) -> None:
-        self.stop()
-        if _OPEN:  # the script attaches by itself
-            self._handle = next(iter(_OPEN.values()))
+    def _guard(self, what: Callable[..., None], *args: Any) -> None:
+        """An error of ours is said once, and no more is looked for."""
+        if self._failed:
             return
         try:
-            self._handle = begin(models, self._run_dir, probes=self._probes, follow_all=True)
+            what(*args)
         except Exception as e:
+            self._failed = True
             to_stderr(f"cannot record: {type(e).__name__}: {e} (training goes on)")
 
-    def stop(self) -> None:
-        """Stop looking."""
+    def _called(self, module: nn.Module, args: Any) -> None:
+        """The outermost module of the first call that can be trained. Runs before any compiled region is entered."""
+        if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled() or not module.training:
+            return
+        if any(p.requires_grad for p in module.parameters()):
+            self._begin([module])
+            if self._begun and self._handle is not None and self._handle._recorder is not None:
+                self._handle._recorder.forward_under_way(module, args)
+
+    def _registered(self, module: nn.Module, name: str, part: nn.Module | None) -> None:
+        """`torch.compile` makes a module: from now on a hook on all calls would be compiled too, and warned of."""
+        if name == "_orig_mod":
+            self._calls.remove()
+            hidden, entered = HiddenHooks(module), partial(self._guard, self._entered)
+            self._hooks += [hidden.hide(module.register_forward_pre_hook(entered)), hidden]
+
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        """A compiled module is called, of which it may be a part that is of interest."""
+        whole = find_whole(module)
+        if whole is module:
+            self._called(module, args)
+        elif torch.is_grad_enabled() and module.training:
+            self._begin([whole])
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer steps before any module was called, or that of another training: its parameters lead to it."""
+        if optimizer in self._tried:
+            return
+        self._tried.add(optimizer)
+        if self._handle is None or self._over(optimizer):
+            # torch is going through the hooks of all optimizers, to which none can be added; next are this one's own
+            self._first = optimizer.register_step_pre_hook(partial(self._guard, self._first_step))
+
+    def _over(self, optimizer: Optimizer) -> bool:
+        """True if what is recorded trains no longer, and ``optimizer`` trains something else, as with a new seed."""
+        recorder = self._handle._recorder if self._handle is not None and self._begun else None
+        if recorder is None or not recorder.rows:
+            return False
+        mine = {id(p) for root in recorder.roots for p in root.parameters()}
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            return False
+        if recorder.optimizers:
+            gc.collect()  # an optimizer and its scheduler hold each other
+        return not recorder.optimizers
+
+    def _first_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._first is not None:
+            self._first.remove()
+        models = find_models(optimizer)
+        if not models:
+            return
+        if self._handle is not None:
+            self._handle.close()
+        self._begin(models)
+        if self._begun and self._handle is not None and self._handle._recorder is not None:
+            self._handle._recorder._before_step(optimizer, args, kwargs)
+
+    def _begin(self, models: list[nn.Module]) -> None:
+        self._stop_looking()
+        self._begun = not _OPEN
+        if not self._begun:  # the script attaches by itself
+            self._handle = next(iter(_OPEN.values()))
+            return
+        self._handle = begin(models, self._run_dir, probes=self._probes, follow_all=True)
+
+    def _stop_looking(self) -> None:
+        """No module is waited for any more."""
         for h in self._hooks:
             h.remove()
         self._hooks.clear()
+
+    def stop(self) -> None:
+        """Begin no recording any more."""
+        self._stop_looking()
+        self._steps.remove()
 
 
 def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool = False) -> int:
@@ -90,14 +160,16 @@ def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: b
     finder = _Finder(run_dir, [Curvature()] if curvature else [])
     sys.argv = [str(script), *argv]
     sys.path[0] = str(script.resolve().parent)
+    # as Python does it: absolute, so that a script that changes folder still finds itself, and links not followed
+    path = str(Path.cwd() / script)
     error: BaseException | None = None
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        _run(path)
     except SystemExit as e:
         error = e
     except BaseException as e:
         error = e
-        _print(e, script)
+        _print(e, path)
     finder.stop()
     close_all(error)
     if not finder.found:
@@ -105,13 +177,29 @@ def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: b
     return _status(error)
 
 
-def _print(error: BaseException, script: Path) -> None:
+def _run(path: str) -> None:
+    """Execute the file as Python does, in a ``__main__`` that stays.
+
+    `runpy` would change ``sys.argv[0]``, and put ours back at the end, when exit handlers and threads of the script
+    still look for theirs.
+    """
+    main = types.ModuleType("__main__")
+    main.__dict__.update(
+        __file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path), __annotations__={}
+    )
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    sys.modules["__main__"] = main
+    exec(code, main.__dict__)
+
+
+def _print(error: BaseException, script: str) -> None:
     """The traceback as the script alone would have printed it: without the frames of the launcher.
 
     Of a script that cannot be compiled there are no others, and Python prints none.
     """
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
+    while trace is not None and trace.tb_frame.f_code.co_filename != script:
         trace = trace.tb_next
     traceback.print_exception(type(error), error, trace)
 

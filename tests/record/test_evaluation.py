@@ -292,3 +292,26 @@ def test_generation_is_given_up_on(tmp_path: Path) -> None:
 
     train(model, lambda s: F.cross_entropy(model(INPUTS), CLASSES), evaluate, tmp_path / "run")
     assert on == [1] * 50 + [0] * (len(on) - 50)
+
+
+def test_training_data_are_not_evaluated(tmp_path: Path) -> None:
+    """Oracle: dense reference. A script that evaluates both its sets: what is recorded is of the held-out one alone."""
+    trainings.seed()
+    x, y = torch.randn(120, 6), torch.randint(0, 3, (120,))
+    held_x, held_y = torch.randn(80, 6), torch.randint(0, 3, (80,))
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def loss(step: int) -> Tensor:
+        some = torch.randperm(len(x))[:60]
+        return F.cross_entropy(model(x[some]), y[some])
+
+    def evaluate() -> float:
+        F.cross_entropy(model(x), y)
+        return F.cross_entropy(model(held_x), held_y).item()
+
+    seen, run = train(model, loss, evaluate, tmp_path / "run")
+    steps, values = run.series("logged.value", "eval_loss")
+    assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == pytest.approx(
+        {s: seen[s] for s in steps.tolist()}
+    )
+    assert len(steps) >= 2

@@ -3,7 +3,7 @@
 An evaluation is a forward of a root module in `eval()` without gradients. Its loss is taken from the model's output,
 where it is in there, as in transformers' models; else from the loss function that is called with the output before
 another module is. Nothing is taken of a loss that is put together in the script: a part would pass for the whole. Nor
-of a forward of what was just trained on, as where one batch is all the training data.
+of a forward of data that were trained on, as in scripts that evaluate both sets.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import inspect
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,8 +41,13 @@ _CLASSIFIES = (F.cross_entropy, F.nll_loss)
 _SCALES = ("MulBackward0", "DivBackward0", "MeanBackward0", "SumBackward0", "ToCopyBackward0", "ViewBackward0")
 #: Logits of a batch that are looked at for its accuracy; of more, evenly spaced rows.
 LOOKED = 1 << 19
+#: Rows of a batch, and values of a row, that tell data that were trained on again; how many rows are remembered.
+ROWS, VALUES, REMEMBERED = 256, 64, 1 << 16
+#: Part of the rows looked at that must have been trained on: then the batch is of the training data.
+PART = 0.125
 #: Evaluated batches in a row after which no loss was seen: then nobody looks any more.
 _VAIN = 50
+_WEIGHTS = np.random.default_rng(0).uniform(0.5, 1.5, VALUES)
 
 
 class EvaluationSite(Site):
@@ -58,6 +65,7 @@ class EvaluationSite(Site):
         self._given: set[int] = set()  # where the numbers of the last output lie
         self._criteria: set[str] = set()  # what was trained on
         self._vain = 0
+        self._rows: dict[float, None] = {}  # what tells rows that were trained on, the oldest first
 
     def before(self) -> dict[Any, Watcher]:
         """Look at what is trained on."""
@@ -78,11 +86,17 @@ class EvaluationSite(Site):
         """The evaluation is over; remember what is trained on, for as long as it lives."""
         self._given.clear()
         self._trained = [weakref.ref(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        self._rows.update(dict.fromkeys(self._marks((*args, *kwargs.values()))))
+        for oldest in list(islice(self._rows, max(0, len(self._rows) - REMEMBERED))):
+            del self._rows[oldest]
 
     def on_evaluation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Keep the loss that the model gave back, or look for one that is made of its output."""
         if _same((*args, *kwargs.values())) & _same(ref() for ref in self._trained):
             return
+        marks = self._marks((*args, *kwargs.values()))
+        if sum(m in self._rows for m in marks) > PART * len(marks):
+            return  # the training data once more, as in scripts that evaluate both
         loss = _loss(output)
         if loss is not None:
             self._add("loss", loss, 1.0)
@@ -90,6 +104,15 @@ class EvaluationSite(Site):
         self._vain += 1
         if self._vain <= _VAIN and self.rec.watch_until_a_module_is_called():
             self._given = _places(tree_leaves(output))
+
+    def _marks(self, given: Iterable[Any]) -> list[float]:
+        """A number for each row of the first tensor of some rows, the same for the same row; on a CPU alone."""
+        x = next((x for x in _plain(given) if x.dim() > 1 and len(x) > 1), None)
+        if x is None or not self.rec.on_cpu or x.is_complex():
+            return []
+        rows = x[:: -(-len(x) // ROWS)].reshape(-(-len(x) // -(-len(x) // ROWS)), -1)
+        some = rows[:, :: -(-rows.shape[1] // VALUES)].double().numpy()
+        return (some * _WEIGHTS[: some.shape[1]]).sum(1).tolist()
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if not self._given:
