@@ -181,7 +181,7 @@ def _header(view: View) -> RenderableType:
     first = Text.assemble((plain(run.name, 50), "bold"))
     for part in (plain(view.model, 30), f"{view.parameters:,} parameters" if view.parameters else ""):
         first.append(f"  {part}" if part else "")
-    parts = [plain(run.status), f"{run.steps:,} steps"]
+    parts = [plain(run.status), f"{run.steps:,} step{'s' if run.steps != 1 else ''}"]
     if view.seconds:
         parts[0] += f" {'for' if run.is_live else 'after'} {duration(view.seconds)}"
     if run.attempts > 1:
@@ -322,7 +322,7 @@ def _numbers(view: View, everything: bool) -> RenderableType | None:
 def _notes(view: View, everything: bool) -> RenderableType:
     rows: list[tuple[RenderableType, RenderableType]] = []
     fraction = view.overhead.get("fraction")
-    if isinstance(fraction, int | float):
+    if isinstance(fraction, int | float) and view.run.steps:
         rows.append((caption("cost"), Text(f"recording took {fraction:.1%} of the training time", "dim")))
 
     def add(label: str, lines: Sequence[str]) -> None:
@@ -334,7 +334,10 @@ def _notes(view: View, everything: bool) -> RenderableType:
 
     add("absent", [f"{plain(what, 40)}: {plain(why)}" for what, why in view.absent])
     verdict = view.verdict
-    add("unjudged", [f"{r}: {plain(why.removeprefix(THIN))}" for r, why in verdict.thin.items()])
+    add(
+        "unjudged",
+        [] if not view.run.steps else [f"{r}: {plain(why.removeprefix(THIN))}" for r, why in verdict.thin.items()],
+    )
     if everything:
         add("skipped", [f"{r}: {plain(verdict.unjudged[r].removeprefix(BESIDE))}" for r in verdict.inapplicable])
     add("warnings", [plain(w) for w in view.run.warnings])

@@ -313,8 +313,12 @@ class Engine:
                 continue
             ref, least = rule.needs[0], rule.values.get("minimum")
             n = len(self._history[ref].steps) if ref in self._history else 0
-            points = f"{n} points of {ref}" if least is None else f"{n} of {least:.0f} points of {ref}"
-            reasons[rule.id] = f"not enough evidence: {points if n else f'{ref} was not recorded'}"
+            why = f"{n} points of {ref}" if least is None else f"{n} of {least:.0f} points of {ref}"
+            if not n:
+                why = f"{ref} was not recorded"
+            elif least is not None and n >= least:  # it is something else that was missing
+                why = f"at none of {n} points of {ref} was all known that it takes"
+            reasons[rule.id] = f"not enough evidence: {why}"
         return {rule: reasons[rule] for rule in self._rules if rule in reasons}
 
     def inapplicable(self) -> tuple[str, ...]:

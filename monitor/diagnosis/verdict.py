@@ -28,21 +28,22 @@ def verdict(
     """
     rules = load_rules()
     incidents = tuple(group(findings))
+    recorded = f"{steps:,} step{'s' if steps != 1 else ''}"
     beside = tuple(r for r in inapplicable if r in unjudged)
     judged, thin = len(rules) - len(unjudged), len(unjudged) - len(beside)
     if incidents:
         worst, more = incidents[0], len(incidents) - 1
         text = sentence(worst)
         if worst.severity == "info":
-            text = f"No problem found in {steps:,} steps; worth knowing: {_lower(text)}"
+            text = f"No problem found in {recorded}; worth knowing: {_lower(text)}"
         if more:
             text += f" {more} more incident{'s' if more > 1 else ''}."
         return Verdict(worst.severity, text, incidents, dict(unjudged), beside)
     if all(r.id in unjudged for r in rules.values() if r.check is not None):
-        text = f"Not enough evidence: {steps:,} step{'s' if steps != 1 else ''} recorded, and no rule could be judged."
+        text = f"Not enough evidence: {recorded} recorded, and no rule could be judged."
         return Verdict("not_enough_evidence", text, incidents, dict(unjudged), beside)
     rest = f"; {thin} had not enough evidence" if thin else ""
-    text = f"No problem found in {steps:,} steps ({judged} rule{'s' if judged != 1 else ''} judged{rest})."
+    text = f"No problem found in {recorded} ({judged} rule{'s' if judged != 1 else ''} judged{rest})."
     return Verdict("healthy", text, incidents, dict(unjudged), beside)
 
 

@@ -29,7 +29,7 @@ def oracle() -> Iterable[Case]:
 
 METRIC = Metric(
     id="activation_nonfinite",
-    title="non-finite activations",
+    title="Non-finite activations",
     site="activation",
     columns=(Column("count", "count", "elements that are NaN or infinite in the earliest such value of the step"),),
     compute=compute,

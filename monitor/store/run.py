@@ -145,7 +145,7 @@ class Run:
         if self.info["status"] == "running":  # there is none yet
             return rows
         timed = sum(s.n for s in self.summary("step_time.monitor_seconds"))
-        return timed if 0 < timed and rows - self.attempts <= timed <= rows else rows
+        return timed if timed > 0 and rows - self.attempts <= timed <= rows else rows
 
     @property
     def first_step(self) -> int | None:

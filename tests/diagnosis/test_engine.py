@@ -124,6 +124,8 @@ def test_unjudged_says_why() -> None:
     assert not {"loss_spike", "nonfinite", "unoptimized_parameter"} & set(short.inapplicable())
     assert Engine(RULES, {}).inapplicable() == ()
     assert "loss_spike" not in fold(RULES, [column("loss.value", [1.0] * 21)]).unjudged()
+    without = fold(RULES, [column("loss.value", [1.0] * 250)]).unjudged()["no_better_than_guessing"]
+    assert without == "not enough evidence: at none of 250 points of loss.value was all known that it takes"
     only_others = fold(RULES, [column("param_norm.norm", [1.0], ("w",))])
     assert "nonfinite" not in only_others.unjudged()
 
