@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from monitor.curvature.closure import Batch, LossClosure, Point, Selection
+from monitor.curvature.kernels import twice_differentiable_kernels
 from monitor.errors import MonitorError, UsageError
 
 Way = Literal["auto", "cached", "recompute", "forward", "difference"]
@@ -149,9 +150,9 @@ class Hessian(ClosureOperator):
 
     def _first_backward(self, batch: Batch) -> _Graph:
         leaves = self.point.leaves
-        gradient = torch.autograd.grad(
-            self.closure.loss(batch, twice=True), leaves, create_graph=True, allow_unused=True
-        )
+        with twice_differentiable_kernels():
+            loss = self.closure.loss(batch, twice=True)
+        gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         curved = [i for i, g in enumerate(gradient) if g is not None and g.requires_grad]
         self.unused = tuple(name for name, g in zip(self.point.names, gradient, strict=True) if g is None)
         return _Graph([gradient[i] for i in curved], curved, [leaf._version for leaf in leaves])
@@ -263,7 +264,8 @@ class _OutputOperator(ClosureOperator):
         return lambda vector: line.pull(block(line.push(vector)))
 
     def _linearise(self, batch: Batch) -> _Linear:
-        flat, spec = tree_flatten(self.closure.outputs(batch))
+        with twice_differentiable_kernels():
+            flat, spec = tree_flatten(self.closure.outputs(batch))
         differentiable = [i for i, t in enumerate(flat) if isinstance(t, Tensor) and t.requires_grad]
         outputs = [flat[i] for i in differentiable]
         if not outputs:

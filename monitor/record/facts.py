@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    """What a private class of a library holds and nothing besides; some are made anew for every call."""
-    if not type(model).__name__.startswith("_") or type(model).__module__ == "__main__":
+    """What a private class of an installed library holds and nothing besides; some are made anew for every call."""
+    kind = type(model)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    if not kind.__name__.startswith("_") or not {"site-packages", "dist-packages"} & set(Path(file).parts):
         return None
     held = set(map(id, model.parameters()))
     return next((c for c in model.children() if held and held == set(map(id, c.parameters()))), None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,25 @@ def test_landscape_along_eigenvectors(classifier):
     plane = landscape(c, u, radius=h, points=3).losses
     mixed = (plane[2, 2] - plane[2, 0] - plane[0, 2] + plane[0, 0]) / (4 * h * h)
     assert mixed == pytest.approx(0, abs=1e-4 * k.largest.values[0])  # u_1'Hu_2 = 0: the axes of the valley
+
+
+def test_what_is_frozen_stays_where_it_is(classifier):
+    """Oracle: definition: the model itself is moved, whose first layer is frozen."""
+    classifier.model[0].requires_grad_(False)
+    c = closure(classifier)
+    u = torch.randn(c.point().n, dtype=torch.float64)
+    line = landscape(c, u[None], radius=0.5, points=3)
+    other, moved = copy.deepcopy(classifier.model), []
+    for t in (-0.5, 0.5):
+        nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(classifier.model[2:].parameters()) + t * (u / u.norm()).float(),
+            other[2:].parameters(),
+        )
+        moved.append(F.cross_entropy(other(classifier.x), classifier.y).item())
+    assert line.losses[[0, 2]] == pytest.approx(moved, rel=1e-5)
+    assert line.losses[0] != pytest.approx(line.losses[1], rel=1e-3)
+    straight = barrier(c, other.state_dict())
+    assert straight.losses[[0, -1]] == pytest.approx([line.losses[1], moved[1]], rel=1e-5)
 
 
 def test_loss_changes():

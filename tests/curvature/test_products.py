@@ -199,6 +199,13 @@ def test_frozen_unused_and_tied_parameters():
         Hessian(H.closure, parameters="second.bias")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_agree_where_the_first_parameter_is_frozen(classifier, way):
+    """Oracle: dense reference. Points then share the stand-in that comes first, and nothing else."""
+    H = Hessian(closure(classifier), parameters=["2", "4"], way=way)
+    torch.testing.assert_close(H.dense(), classifier.hessian()[36:, 36:], rtol=1e-8, atol=1e-8)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -306,6 +313,27 @@ def test_no_way_is_said_with_reasons_and_the_difference_still_works():
         Hessian(c)(torch.ones(3).double())
     H = Hessian(c, way="difference").dense()
     torch.testing.assert_close(H, torch.diag(30 * model.weight.detach().flatten() ** 4), rtol=1e-6, atol=1e-6)
+
+
+class _Cube(_Once):
+    """The same with a rule for forward mode."""
+
+    @staticmethod
+    def jvp(ctx, tangent):  # type: ignore[override]
+        return 3 * ctx.saved_for_forward[0] ** 2 * tangent
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_forward(x)
+        return _Once.forward(ctx, x)
+
+
+def test_auto_goes_forward_where_backward_twice_does_not_work():
+    """Oracle: planted fault, and the closed form 30x⁴ of the second derivative of x⁶."""
+    model = nn.Linear(1, 3, bias=False).double()
+    H = Hessian(LossClosure(model, lambda: _Cube.apply(model.weight).square().sum()))
+    torch.testing.assert_close(H.dense(), torch.diag(30 * model.weight.detach().flatten() ** 4))
+    assert H.way == "forward"
 
 
 def test_a_loss_linear_in_the_parameters_has_no_curvature():

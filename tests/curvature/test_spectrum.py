@@ -165,6 +165,16 @@ def test_a_transformers_model():
     assert s.way == "cached" and model.training and s.examples == 3
 
 
+def test_agrees_with_a_second_independent_library(classifier):
+    """Oracle: independent library (hessian-eigenthings), both ends of the spectrum."""
+    library = pytest.importorskip("hessian_eigenthings")
+    H = library.HessianOperator(classifier.model, [classifier.batch], library.supervised_loss(nn.CrossEntropyLoss()))
+    s = spectrum(classifier.model, F.cross_entropy, classifier.batch, top=3, bottom=2, steps=0, samples=0)
+    for found, which in ((s.largest, "LA"), (s.smallest, "SA")):
+        theirs = library.lanczos(H, k=len(found), max_iter=25, tol=1e-6, which=which, seed=0).eigenvalues
+        np.testing.assert_allclose(np.sort(found.values), np.sort(theirs.numpy()), rtol=1e-3)
+
+
 def test_a_data_parallel_wrapper_is_looked_through(tmp_path):
     """Oracle: invariance (a group of one rank changes nothing), and the reducer works afterwards."""
     _rank(0, 1, tmp_path / "store")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -198,18 +199,20 @@ print(torch._dynamo.utils.counters["stats"])
 
 
 def run(folder: Path, script: str) -> tuple[subprocess.CompletedProcess[str], monitor.Run]:
-    """``monitor run`` of a script in a folder of its own."""
+    """``monitor run`` of a script in a folder of its own; what is in ``site-packages`` in there is installed."""
     (folder / "train.py").write_text(script)
+    path = os.pathsep.join((str(folder / "site-packages"), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
         [sys.executable, "-m", "monitor_cli", "run", "--run-dir", "out", "train.py"],
-        cwd=folder, capture_output=True, text=True, check=True,
+        cwd=folder, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     return done, monitor.open(folder / "out")
 
 
 def test_a_wrapper_made_for_every_call_is_not_the_model(tmp_path: Path) -> None:
     """Oracle: golden. The model is what is wrapped, under its own names, and no loss is missing."""
-    (tmp_path / "solver.py").write_text(WRAPPER)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "solver.py").write_text(WRAPPER)
     done, recorded = run(tmp_path, ODE)
     losses = recorded.series("loss.value")[1]
     assert losses.tolist() == pytest.approx([float(x) for x in done.stdout.split()])
