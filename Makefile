@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
 	@# without what they ask for: a torchvision built for another torch, which then breaks transformers
-	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch
+	@$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch hessian-eigenthings
 	@touch $@
 
 run: $(READY) ## Train two models that go wrong, recorded, and inspect both (30 s)

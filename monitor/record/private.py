@@ -48,15 +48,25 @@ def take_stack() -> list[TorchFunctionMode]:
     return [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+class quiet:  # noqa: N801  # some ten times in every step: a generator, and torch's own way, take three times as long
     """Neither autograd nor any function or dispatch mode, the user's or ours, sees what is called in this context."""
-    with _C.DisableTorchFunction(), torch.no_grad():  # in this order: modes see the switching of gradients too
-        if _C._len_torch_dispatch_stack() > 0:
-            with _disable_current_modes():
-                yield
-        else:
-            yield
+
+    __slots__ = ("_dispatch", "_function", "_gradients")
+
+    def __enter__(self) -> None:
+        self._function = _C.DisableTorchFunction()
+        self._function.__enter__()  # first: modes see the switching of gradients too
+        self._gradients = torch.is_grad_enabled()
+        _C._set_grad_enabled(False)
+        self._dispatch = _disable_current_modes() if _C._len_torch_dispatch_stack() > 0 else None
+        if self._dispatch is not None:
+            self._dispatch.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._dispatch is not None:
+            self._dispatch.__exit__(*error)
+        _C._set_grad_enabled(self._gradients)
+        self._function.__exit__(*error)
 
 
 @contextlib.contextmanager

@@ -149,9 +149,15 @@ class Ring:
                 target[place, at].copy_(fresh, non_blocking=True)
             return
         s = self._where[reads]
-        row = self._array[len(self.steps), s.offset : s.offset + s.size].reshape(len(s.modules), len(s.stats))
+        row = self._array[len(self.steps)]
         with np.errstate(over="ignore"):  # beyond float32 is infinity, and infinity is a value
-            row[place, at] = values.numpy() if isinstance(values, Tensor) else values
+            if isinstance(place, int):
+                width = len(s.stats)
+                begin = s.offset + place * width
+                row[begin : begin + width][at] = values.numpy() if isinstance(values, Tensor) else values
+            else:
+                row = row[s.offset : s.offset + s.size].reshape(len(s.modules), len(s.stats))
+                row[place, at] = values.numpy() if isinstance(values, Tensor) else values
 
     def blank(self, reads: str, place: int, stats: Sequence[int]) -> None:
         """Make single statistics of the open row absent."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,14 +105,24 @@ class OpenRow:
         self._ring.move(device)
 
 
-def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Tensor:
+#: How statistics are joined, in the order in which `_merged` computes all of them.
+_WAYS = ("sum", "mean", "last", "max", "min")
+
+
+def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Values:
     """Statistics of ``count`` micro-batches and of one more."""
-    fresh = torch.as_tensor(new, dtype=torch.float32, device=old.device)
-    joined = {
-        "sum": lambda a, b: a + b,
-        "max": torch.maximum,
-        "min": torch.minimum,
-        "mean": lambda a, b: (a * count + b) / (count + 1),
-        "last": lambda a, b: b,
-    }
-    return torch.stack([joined[op](a, b) for op, a, b in zip(merge, old, fresh, strict=True)])
+    which = _which(tuple(merge), old.device)
+    if isinstance(which, np.ndarray):
+        a, b = old.numpy(), np.asarray(new, dtype=np.float32)
+        with np.errstate(all="ignore"):
+            return np.choose(which, (a + b, (a * count + b) / (count + 1), b, np.maximum(a, b), np.minimum(a, b)))
+    a, b = old, torch.as_tensor(new, dtype=torch.float32, device=old.device)
+    ways = torch.stack((a + b, (a * count + b) / (count + 1), b, torch.maximum(a, b), torch.minimum(a, b)))
+    return ways.gather(0, which)[0]
+
+
+@cache
+def _which(merge: tuple[str, ...], device: torch.device) -> Tensor | np.ndarray:
+    """For each statistic the place of its way in `_WAYS`: ``(statistic,)`` on a CPU, ``(1, statistic)`` elsewhere."""
+    places = [_WAYS.index(way) for way in merge]
+    return np.array(places) if device.type == "cpu" else torch.tensor([places], device=device)

@@ -5,10 +5,10 @@
 Per pair the CPU time of the whole process (training thread and writer thread) of the recorded step over that of the
 plain one; the median over pairs is quoted, with its quartiles, from step `WARM` on. It says little of what is measured
 at every tenth step only; "mean" does, the sum over these pairs, with more noise. In its first ten steps a run measures
-everything at every step ("first 10"). The A/A row, both plain, is the noise. "own" is what the run says of itself, to
-be compared with "all": the mean over all pairs, first steps included. The floor is what six statistics of every tensor
-must read, 16 bytes a parameter, at the bandwidth measured in the same process. Losses of both models are compared bit
-for bit. One thread.
+everything at every step ("first 10"). "own" is what the run says of itself, to be compared with "all": the mean over
+all pairs, first steps included. The A/A row, both plain, is the noise of each. The floor is what six statistics of
+every tensor must read, 16 bytes a parameter, at the bandwidth measured in the same process. Losses of both models are
+compared bit for bit. One thread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import monitor
+from monitor.record.probe import Probe
 from monitor.record.site import START
+from monitor.record.sites.probe import DEFAULT
 
 #: Pairs before those that are quoted: the cadences are the usual ones then, and what was made at first is there.
 WARM = 25
@@ -164,23 +166,23 @@ def compare(name: str, pairs: int, record: bool) -> str:
     plain, watched = Training(build), Training(build)
     pairs = pairs or default
     pair_of: list[tuple[float, float]] = []
-    same, said = True, ""
+    same = True
     with tempfile.TemporaryDirectory() as folder:
-        handle = monitor.attach(watched.model, Path(folder) / "run") if record else None
+        handle = monitor.attach(watched.model, Path(folder) / "run", probes=probes()) if record else None
         for i in range(WARM + pairs):
             first, second = (plain, watched) if i % 2 else (watched, plain)
             a, b = first.timed(), second.timed()
             p, w = (a, b) if i % 2 else (b, a)
             pair_of.append((p[0], w[0]))
             same &= w[1] == p[1]
+        every, mean = (sum(w for _, w in some) / sum(p for p, _ in some) - 1 for some in (pair_of, pair_of[WARM:]))
+        said = f"mean {100 * mean:+.2f} %  all {100 * every:+.2f} %  "
         if handle is not None:
             handle.close()
             # the run compares its cost with the time that remains without it, here that of two models
             own = 2 * monitor.open(Path(folder) / "run").info["overhead"]["fraction"]
-            every, mean = (sum(w for _, w in some) / sum(p for p, _ in some) - 1 for some in (pair_of, pair_of[WARM:]))
             burst = statistics.median(w / p for p, w in pair_of[1:START]) - 1  # the first step makes what the rest uses
-            said = f"mean {100 * mean:+.2f} %  first {START} {100 * burst:+.1f} %  "
-            said += f"all {100 * every:+.2f} %  own {100 * own:+.2f} %  "
+            said += f"own {100 * own:+.2f} %  first {START} {100 * burst:+.1f} %  "
     ratios, base = [w / p for p, w in pair_of[WARM:]], [p for p, _ in pair_of[WARM:]]
     low, middle, high = statistics.quantiles(ratios, n=4)
     n = sum(p.numel() for p in plain.model.parameters())
@@ -190,6 +192,14 @@ def compare(name: str, pairs: int, record: bool) -> str:
         f"{label:14} {1e3 * statistics.median(base):8.1f} ms  {100 * (middle - 1):+6.2f} %  [{100 * (low - 1):+.2f}, "
         f"{100 * (high - 1):+.2f}]  floor {100 * floor:.2f} %  {said}losses {'equal' if same else 'DIFFER'}"
     )
+
+
+def probes() -> list[Probe]:
+    """The probes that run by themselves, with half their share: the run's time is that of two models here."""
+    found = [kind() for kind in DEFAULT]
+    for probe in found:
+        probe.share /= 2
+    return found
 
 
 def bandwidth() -> float:

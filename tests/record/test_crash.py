@@ -30,7 +30,8 @@ monitor.attach(model, sys.argv[1])
 done = open(sys.argv[2], "w")
 for i in range(10**9):
     opt.zero_grad()
-    torch.nn.functional.cross_entropy(model(torch.randn(8, 12)), torch.randint(0, 5, (8,))).backward()
+    x = torch.randn(8, 12)
+    torch.nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).backward()
     opt.step()
     done.seek(0); done.write(f"{i + 1:09d}"); done.flush()
 """

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from monitor.block import ABSENT_BITS
-from monitor.record.passes import distance, logit_rows, loss_rows, update
+from monitor.record.passes import distance, logit_rows, loss_rows
 from monitor.record.passes.gradient import THETA, GradientReader, History
 from monitor.record.passes.input import input_stats
+from monitor.record.passes.parameter import ParameterReader, on_device
 
 
 def stats(z: Tensor, y: Tensor | None = None, dtype: torch.dtype = torch.float32, valid: Tensor | None = None) -> dict:
@@ -255,8 +256,8 @@ def test_gradient_absent_where_not_looked() -> None:
     """Oracle: definition. Large tensors have extremes when asked for, small ones always; absent is no number."""
     grads = [torch.ones(3), torch.ones(20_000), torch.full((20_000,), 2.0)]
     reader = GradientReader(grads)
-    assert reader._turns[1] == ([2], [1])
-    values = np.asarray(reader.read(grads, 1, extremes=False))
+    assert reader._turns[0] == ([2], [1])
+    values = np.asarray(reader.read(grads, 0, extremes=False))
     absent = values.view(np.uint32) == ABSENT_BITS
     assert absent.tolist() == [[False] * 3 + [True] * 2, [False, True, False, True, True], [False] * 3 + [True] * 2]
     assert values[[0, 2], 1].tolist() == [1, 2]
@@ -278,7 +279,10 @@ def test_the_accelerator_sees_what_the_cpu_sees() -> None:
     grads[3][7] = math.inf
     seconds = [torch.rand_like(g) * 1e-4 if g.numel() != 9 else None for g in grads]
     reader, history = GradientReader(grads, [v is not None for v in seconds]), History(seconds, 0.99, 50)
-    wanted, got = np.asarray(reader.read(grads, 0, history)), reader._on_device(grads, [1], history).numpy()
+    wanted, got = (
+        np.asarray(reader.read(grads, 0, history)),
+        reader._on_device(grads, reader._turns[0][0], history).numpy(),
+    )
     absent = wanted.view(np.uint32) == ABSENT_BITS
     np.testing.assert_array_equal((got.view(np.uint32) == ABSENT_BITS)[:, 3:], absent[:, 3:])
     np.testing.assert_allclose(got[~absent], wanted[~absent], rtol=1e-4)  # v before the step: a difference
@@ -334,19 +338,37 @@ def test_spike_threshold_and_untouched_elements(size: int) -> None:
 
 
 def test_update_is_the_true_change() -> None:
-    """Oracle: dense float64 reference."""
+    """Oracle: dense float64 reference. Small tensors, which are read side by side, and one that is read in pieces."""
     torch.manual_seed(0)
-    now = [torch.randn(50, 40), torch.randn(9)]
-    held = [w.clone() for w in now]
+    now = [torch.randn(50, 40), torch.randn(9), torch.randn(101, 103).T, torch.randn(())]
+    held = [w.clone(memory_format=torch.contiguous_format) for w in now]
+    reader = ParameterReader(held, held)
     for _ in range(3):
         old = [w.double() for w in now]
         for w in now:
             w.add_(torch.randn_like(w) * 1e-3)
-        got = torch.stack(update.update_stats(held, now)).view(-1, 2)
-        held = [w.clone() for w in now]
+        got, aligned, moved = reader.read(now, [None] * 4, distances=False)
+        assert aligned is None
+        assert moved is None
+        torch._foreach_copy_(held, now)
         for i, (a, b) in enumerate(zip(old, now, strict=True)):
-            assert got[i, 0].item() == pytest.approx((b.double() - a).norm().item(), rel=1e-4)
-            assert got[i, 1].item() == pytest.approx(b.double().norm().item(), rel=1e-6)
+            assert got[i, 0] == pytest.approx((b.double() - a).norm().item(), rel=1e-4)
+            assert got[i, 1] == pytest.approx(b.double().norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_parameters_on_the_accelerator_as_on_the_cpu(dtype: torch.dtype) -> None:
+    """Oracle: independent computation. Tensor by tensor in torch, run on a CPU, against rows and pieces in numpy."""
+    torch.manual_seed(0)
+    now = [torch.randn(s).to(dtype) for s in ((), (70,), (300, 257), (1 << 13,), (9000,), (50,))]
+    before, start = ([w + 0.1 * torch.randn_like(w) for w in now] for _ in range(2))
+    grads = [torch.randn_like(w) if i % 3 else None for i, w in enumerate(now)]
+    samples = [distance.sample(w.view(-1)) for w in start]
+    found = ParameterReader(before, samples).read(now, grads, distances=True)
+    reference = on_device(now, before, grads, samples)
+    rough = 1e-2 if dtype == torch.bfloat16 else 1e-5  # there the change is rounded to the parameters' own dtype
+    for a, b in zip(found, reference, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rough, atol=1e-5)
 
 
 def test_distance_of_small_tensors_is_exact() -> None:
@@ -354,7 +376,9 @@ def test_distance_of_small_tensors_is_exact() -> None:
     p = torch.zeros(1000)
     start = distance.sample(p).clone()
     p += 0.5
-    assert distance.distance_stats(distance.sample(p), start, 1000).tolist() == [250, 0, 1]
+    assert distance.distance_stats(distance.sample(p.numpy()), start.numpy(), 1000) == (250, 0, 1)
+    moved = ParameterReader([p], [start]).read([p], [None], distances=True)[2]
+    assert np.asarray(moved).tolist() == [[250, 0, 1]]
 
 
 def test_distance_estimate_is_unbiased_and_knows_its_error() -> None:
@@ -365,9 +389,10 @@ def test_distance_estimate_is_unbiased_and_knows_its_error() -> None:
     errors, stated = [], []
     for seed in range(60):
         g = torch.Generator().manual_seed(seed)
-        start = torch.zeros(400, 1000)
+        start = np.zeros(400_000)
         now = torch.randn(400, 1000, generator=g) * torch.rand(400, 1, generator=g)
-        sumsq, var, exact = distance.distance_stats(distance.sample(now), distance.sample(start), now.numel()).tolist()
+        moved = distance.sample(now.view(-1).numpy())
+        sumsq, var, exact = distance.distance_stats(moved, distance.sample(start), now.numel())
         errors.append(sumsq - now.double().square().sum().item())
         stated.append(math.sqrt(var))
         assert exact == 0

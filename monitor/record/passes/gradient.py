@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 from monitor.block import ABSENT
+from monitor.record.passes.arrays import Array, Row, dot, elements, rows, side_by_side
 from monitor.record.passes.dtype import sum_dtype
-
-Index = npt.NDArray[np.intp]
 
 STATS = ("norm", "max_abs", "nonfinite", "spikes", "spike_ratio")
 _NORM, _PEAK, _BAD, _SPIKES, _RATIO = range(5)
@@ -63,23 +61,6 @@ class History:
         return (self.beta2 + theta * (1 - self.beta2)) / theta
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Small tensors that are read side by side.
-
-    Attributes:
-        at: their indices.
-        begins: where each begins in the row.
-        size: elements of the row.
-        remembered: True if the optimizer has second moments of them.
-    """
-
-    at: Index
-    begins: Index
-    size: int
-    remembered: bool
-
-
 class GradientReader:
     """Reads gradients of the same shapes step after step.
 
@@ -92,44 +73,37 @@ class GradientReader:
         remembered: which of them the optimizer has a second moment of; default: none.
     """
 
-    SMALL, GROUP, PIECE, TURNS = 1 << 13, 1 << 16, 1 << 16, 4
+    SMALL, ROW, PIECE, TURNS = 1 << 13, 1 << 16, 1 << 15, 4
 
     def __init__(self, grads: Sequence[Tensor], remembered: Sequence[bool] | None = None) -> None:
         self._device, self._wide = grads[0].device, sum_dtype(grads[0])
         self._readable = grads[0].dtype == self._wide
-        self._buffers: dict[str, npt.NDArray[Any]] = {}
         self._remembered = list(remembered or [False] * len(grads))
         self._zero: set[int] = set()
         sizes = [g.numel() for g in grads]
-        large = [i for i, size in enumerate(sizes) if size > self.SMALL]
+        # the last first: the optimizer has just been there, and what it read is in cache
+        large = [i for i, size in enumerate(sizes) if size > self.SMALL][::-1]
         #: For each turn the large tensors that are looked at closely, and the others.
         self._turns = [
             (large[turn :: self.TURNS], [i for at, i in enumerate(large) if at % self.TURNS != turn])
             for turn in range(self.TURNS)
         ]
-        self._groups: list[_Group] = []
+        #: Rows of small tensors, and whether the optimizer has second moments of them.
+        self._rows: list[tuple[Row, bool]] = []
         for known in (True, False):
-            some: list[int] = []
-            for i, size in enumerate(sizes):
-                if size > self.SMALL or self._remembered[i] is not known:
-                    continue
-                if some and sum(sizes[j] for j in some) + size > self.GROUP:
-                    self._add(some, sizes)
-                    some = []
-                some.append(i)
-            self._add(some, sizes)
+            some = [i for i, size in enumerate(sizes) if size <= self.SMALL and self._remembered[i] is known]
+            self._rows += [(row, known) for row in rows(sizes, some, self.ROW)]
+        room = max([self.PIECE if large else 0, *(row.size for row, _ in self._rows)])
+        # the same memory at every step: what is new has to be fetched, page by page
+        self._grads, self._seconds = torch.empty((2, room if self._rows else 0), dtype=self._wide, device="cpu")
+        self._square = torch.empty(room, dtype=self._wide, device="cpu").numpy()
+        self._below = np.empty(room, np.bool_)
         self._blank = np.full((len(grads), len(STATS)), ABSENT)
         self._blank[:, _BAD] = 0
         self._unspiked = self._blank.copy()
-        for group in self._groups:
-            if group.remembered:
-                self._unspiked[group.at, _SPIKES:] = 0
-
-    def _add(self, at: list[int], sizes: list[int]) -> None:
-        if at:
-            mine = [sizes[i] for i in at]
-            begins = np.cumsum([0, *mine[:-1]])
-            self._groups.append(_Group(np.array(at), begins, sum(mine), self._remembered[at[0]]))
+        for row, known in self._rows:
+            if known:
+                self._unspiked[row.at, _SPIKES:] = 0
 
     def read(
         self, grads: Sequence[Tensor], turn: int, history: History | None = None, extremes: bool = True
@@ -159,8 +133,6 @@ class GradientReader:
             return self._on_device(grads, close, history)
         out = (self._blank if history is None else self._unspiked).copy()
         with np.errstate(all="ignore"):
-            for group in self._groups:
-                self._side_by_side(out, group, grads, history)
             if far and not extremes:
                 norms = torch._foreach_norm([grads[i] for i in far], 2, dtype=self._wide)
                 out[far, _NORM] = [norm.item() for norm in norms]
@@ -168,45 +140,50 @@ class GradientReader:
                 self._close_up(out[i], grads[i], None if history is None else history.seconds[i], history)
             for i in far if extremes else ():
                 self._close_up(out[i], grads[i], None, None)
+            for row, known in self._rows:
+                self._together(out, row, grads, history if known else None)
             norm = out[:, _NORM]
             if not (norm.min() >= _LEAST and norm.max() < np.inf):
                 self._rescue(out, grads, close)
         return out
 
-    def _side_by_side(
-        self, out: npt.NDArray[np.float32], group: _Group, grads: Sequence[Tensor], history: History | None
+    def _together(
+        self, out: npt.NDArray[np.float32], row: Row, grads: Sequence[Tensor], history: History | None
     ) -> None:
-        g = self._row("grads", group.size, [grads[i] for i in group.at])
-        square = np.multiply(g, g, out=self._room("square", g.size))
+        g = self._row(self._grads, row, [grads[i] for i in row.at])
+        square = np.multiply(g, g, out=self._square[: row.size])
         # in binary the root of a square is exact
-        extremes = np.sqrt((np.add.reduceat(square, group.begins), np.maximum.reduceat(square, group.begins)))
-        if not extremes[1].all():  # or it is that of a square too small for float32
-            extremes[1] = np.maximum.reduceat(np.abs(g), group.begins)
-        out[group.at, :_BAD] = extremes.T
-        if history is None or not group.remembered:
+        extremes = np.sqrt((np.add.reduceat(square, row.begins), np.maximum.reduceat(square, row.begins)))
+        if not extremes[1].min() > 0:  # or it is that of a square too small for float32
+            extremes[1] = np.maximum.reduceat(np.abs(g), row.begins)
+        out[row.at, :_BAD] = extremes.T
+        if history is None:
             return
-        v = self._row("seconds", group.size, [v for i in group.at if (v := history.seconds[i]) is not None])
-        tripped = v < np.multiply(square, history.slope, out=square)
+        v = self._row(self._seconds, row, [v for i in row.at if (v := history.seconds[i]) is not None])
+        tripped = self._tripped(v, square, history)
         if tripped.any():
-            pieces = zip(group.at, group.begins, [*group.begins[1:], group.size], strict=True)
+            pieces = zip(row.at, row.begins, [*row.begins[1:], row.size], strict=True)
             for i, begin, end in pieces:
                 if (mine := tripped[begin:end]).any():
                     out[i, _SPIKES:] = _spikes(g[begin:end], v[begin:end], np.flatnonzero(mine), history)
+
+    def _tripped(self, v: Array, square: Array, history: History) -> Array:
+        """Which elements may be spiked; overwrites ``square``."""
+        return np.less(v, np.multiply(square, history.slope, out=square), out=self._below[: v.size])
 
     def _close_up(
         self, row: npt.NDArray[np.float32], gradient: Tensor, second: Tensor | None, history: History | None
     ) -> None:
         g = self._array(gradient)
-        v = None if second is None or history is None else _elements(second)
+        v = None if second is None or history is None else elements(second)
         total, peak, tripped = 0.0, 0.0, []
         for begin in range(0, g.size, self.PIECE):  # pieces that stay in cache
             piece = g[begin : begin + self.PIECE]
-            square = np.multiply(piece, piece, out=self._room("square", piece.size))
-            total += float(square.sum())
+            square = np.multiply(piece, piece, out=self._square[: piece.size])
+            total += dot(piece, piece)
             peak = np.maximum(peak, square.max())
             if v is not None and history is not None:
-                np.multiply(square, history.slope, out=square)
-                below = v[begin : begin + self.PIECE] < square
+                below = self._tripped(v[begin : begin + self.PIECE], square, history)
                 if below.any():
                     tripped.append(begin + np.flatnonzero(below))
         row[_NORM], row[_PEAK] = math.sqrt(total), math.sqrt(peak)
@@ -235,25 +212,13 @@ class GradientReader:
                 out[i, _BAD] = float((~torch.isfinite(grads[i])).sum())
         self._zero = {i for i in self._zero if norm[i] == 0}
 
-    def _array(self, gradient: Tensor) -> npt.NDArray[Any]:
+    def _array(self, gradient: Tensor) -> Array:
         """Its elements for numpy: themselves, or a float32 copy of those of 16 bits."""
-        return _elements(gradient if self._readable else gradient.float())
+        return elements(gradient if self._readable else gradient.float())
 
-    def _room(self, name: str, n: int) -> npt.NDArray[Any]:
-        """``(n,)`` uninitialised elements, the same memory each time."""
-        held = self._buffers.get(name)
-        if held is None or held.size < n:
-            held = self._buffers[name] = np.empty(n, np.float64 if self._wide == torch.float64 else np.float32)
-        return held[:n]
-
-    def _row(self, name: str, n: int, tensors: Sequence[Tensor]) -> npt.NDArray[Any]:
-        """Copies of all tensors as one vector of ``n`` elements."""
-        room = self._room(name, n)
-        if self._readable:
-            np.concatenate([_elements(t) for t in tensors], out=room)
-        else:
-            torch.from_numpy(room).copy_(torch.cat([t.reshape(-1) for t in tensors]))
-        return room
+    def _row(self, room: Tensor, row: Row, tensors: Sequence[Tensor]) -> Array:
+        """Copies of all tensors as one vector."""
+        return side_by_side(tensors, room[: row.size])
 
     def _on_device(self, grads: Sequence[Tensor], close: Sequence[int], history: History | None) -> Tensor:
         extremes = [torch.aminmax(g) for g in grads]
@@ -268,18 +233,13 @@ class GradientReader:
         absent = torch.full((2,), int(ABSENT.view(np.int32)), dtype=torch.int32, device=self._device)
         spikes = [absent.view(torch.float32)] * len(grads)
         if history is not None:
-            for i in (*(int(i) for group in self._groups for i in group.at), *close):
+            for i in (*(int(i) for row, _ in self._rows for i in row.at), *close):
                 if (v := history.seconds[i]) is not None:
                     spikes[i] = _spikes_on_device(grads[i], v, history)
         return torch.cat((torch.stack((norm, peak, bad), dim=1), torch.stack(spikes)), dim=1)
 
 
-def _elements(t: Tensor) -> npt.NDArray[Any]:
-    """``(element,)`` of a tensor on a CPU, for numpy, whose calls cost a fifth of torch's."""
-    return t.detach().resolve_neg().numpy().reshape(-1)
-
-
-def _spikes(g: npt.NDArray[Any], v: npt.NDArray[Any], at: Index, history: History) -> tuple[float, float]:
+def _spikes(g: Array, v: Array, at: npt.NDArray[np.intp], history: History) -> tuple[float, float]:
     """Number and largest ratio of the spiked elements of a vector on a CPU; ``at`` are those to be looked at."""
     beta2 = history.beta2
     square, now = np.square(g[at].astype(np.float64)), v[at].astype(np.float64)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from monitor.record.passes.arrays import Array, dot
 from monitor.record.passes.dtype import sum_dtype
 
 STATS = ("n", "sumsq", "max_abs", "nonfinite", "fingerprint")
 MERGE = ("sum", "sum", "max", "sum", "last")
 
 _SAMPLE = 1024
+#: What numpy reads as it is.
+_READABLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
 #: Bits as which an element can be read, by its bytes.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -34,11 +36,13 @@ def input_stats(x: Tensor) -> Tensor | list[float]:
     Cost: two reads of ``x`` (three when something in it is not finite); no host sync on an accelerator.
     Source: definition.
     """
+    if x.device.type == "cpu" and x.dtype in _READABLE:
+        return _of_array(x.detach().resolve_neg().numpy())
     mark = _fingerprint(x)
     if not x.is_floating_point():
         return mark.view(1) if isinstance(mark, Tensor) else [mark]
     norm = torch.linalg.vector_norm(x, dtype=sum_dtype(x))
-    low, high = _extremes(x)
+    low, high = torch.aminmax(x)
     if isinstance(mark, Tensor):
         bad = (~torch.isfinite(x)).sum().float()
         size = torch.full_like(mark, float(x.numel()))
@@ -49,23 +53,39 @@ def input_stats(x: Tensor) -> Tensor | list[float]:
     return [float(x.numel()), size * size, a if math.isnan(a) else max(-a, b), count, mark]
 
 
-def _extremes(x: Tensor) -> Any:
-    """Smallest and largest element, NaN if any is: numbers where numpy can read them, which is thrice as fast."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        a = x.detach().resolve_neg().numpy()
-        return a.min(), a.max()
-    return torch.aminmax(x)
+def _of_array(x: Array) -> list[float]:
+    """`input_stats` where numpy can read: on a CPU its calls cost a fifth of torch's."""
+    if x.dtype.kind != "f":
+        return [_hash(_sampled(x))]
+    with np.errstate(all="ignore"):
+        flat = x.ravel(order="K")  # in memory order, in which no copy is needed
+        size, low, high = dot(flat, flat), float(flat.min()), float(flat.max())
+    # a finite sum proves that there is nothing to count
+    count = 0.0 if math.isfinite(size) else float(x.size - np.isfinite(flat).sum())
+    return [float(x.size), size, low if math.isnan(low) else max(-low, high), count, _hash(_sampled(x))]
+
+
+def _sampled(x: Array) -> Array:
+    """``(1024,)`` evenly spaced elements, or all of fewer."""
+    stride = max(1, x.size // _SAMPLE)
+    return x.reshape(-1)[::stride][:_SAMPLE] if x.flags.c_contiguous else x.flat[: _SAMPLE * stride : stride]
+
+
+def _hash(some: Array) -> float:
+    """Multiply-shift hash (Dietzfelbinger et al., 1997) of the bits: below 2^24, so that a float32 holds it exactly."""
+    if some.itemsize < 4:
+        words = some.view(f"i{some.itemsize}" if some.itemsize > 1 else "u1").astype(np.uint32)
+    else:
+        words = np.ascontiguousarray(some).view(np.uint32)
+    return float(np.dot(words, _weights(words.size)) >> 8)
 
 
 def _fingerprint(x: Tensor) -> Tensor | float:
-    """Multiply-shift hash (Dietzfelbinger et al., 1997) of the bits: below 2^24, so that a float32 holds it exactly."""
+    """`_hash` of a tensor that numpy cannot read."""
     bits = x.detach().resolve_neg().view(_BITS[x.element_size()])
-    stride = max(1, bits.numel() // _SAMPLE)
+    some = bits.reshape(-1)[:: max(1, bits.numel() // _SAMPLE)][:_SAMPLE]
     if x.device.type == "cpu":
-        some = bits.numpy().reshape(-1)[::stride][:_SAMPLE]
-        words = some.astype(np.uint32) if some.itemsize < 8 else np.ascontiguousarray(some).view(np.uint32)
-        return float(np.dot(words, _weights(words.size)) >> 8)
-    some = bits.reshape(-1)[::stride][:_SAMPLE]
+        return _hash(some.numpy())
     words = some.to(torch.int64) if some.element_size() < 8 else some.contiguous().view(torch.int32).to(torch.int64)
     weights = torch.from_numpy(_weights(words.numel()).astype(np.int64)).to(x.device, non_blocking=True)
     return (((words * weights).sum() & 0xFFFFFFFF) >> 8).float()

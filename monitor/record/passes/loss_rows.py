@@ -35,12 +35,13 @@ def loss_rows(logp: Tensor, y: Tensor, ignore_index: int) -> Tensor | list[float
     if logp.device.type == "cpu" and logp.dim() == 2 and logp.dtype in (torch.float32, torch.float64):
         rows, target = logp.numpy(), y.numpy()  # a call of numpy costs a fifth of one of torch's
         count = target != ignore_index
-        of_target = rows[np.arange(len(rows)), np.where(count, target, 0)]
+        every = count.all()
+        of_target = rows[np.arange(len(rows)), target if every else np.where(count, target, 0)]
         # odd, so that over a sequence length that is a power of two every position is met
         stride = 1 if rows.size <= ALL else (rows.size // ALL) | 1
-        best, looked, hit = rows[::stride].max(axis=1, initial=-np.inf), count[::stride], of_target[::stride]
-        if not count.all():  # not before: the rows that count would be a copy of nearly all logits
-            of_target, best, hit = of_target[count], best[looked], hit[looked]
+        best, hit = rows[::stride].max(axis=1, initial=-np.inf), of_target[::stride]
+        if not every:  # not before: the rows that count would be a copy of nearly all logits
+            of_target, best, hit = of_target[count], best[count[::stride]], hit[count[::stride]]
         zero, right = (of_target == 0).sum(), (hit >= best).sum()
         return [float(c) for c in (len(of_target), zero, right, np.exp(best).sum(), len(best))]
     valid = y != ignore_index

@@ -13,23 +13,19 @@ STATS = ("update_norm", "param_norm")
 
 
 def update_stats(before: Sequence[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
-    """Norm of the change and norm of the tensor, for each.
+    """Norm of the change and norm of the tensor, for each, on an accelerator; `parameter.ParameterReader` on a CPU.
 
     Args:
         before: the parameters as they were; overwritten by the negative change.
-        now: the parameters, of one dtype if there are several; read only.
+        now: the parameters, of one dtype; read only.
 
     Returns:
         0-d tensors, two for each parameter in turn: norm of ``now - before``, norm of ``now``.
 
-    Cost: per element three reads and a write, half of it from cache if the caller passes groups that fit one; no
-    allocation of tensor size, no host sync.
+    Cost: per element four reads and a write; no allocation of tensor size, no host sync.
     Source: definition.
     """
     dtype = sum_dtype(now[0])
-    if len(now) == 1:
-        change = torch.linalg.vector_norm(before[0].sub_(now[0]), dtype=dtype)
-        return [change, torch.linalg.vector_norm(now[0], dtype=dtype)]
     olds, news = list(before), list(now)
     torch._foreach_sub_(olds, news)
     changes = torch._foreach_norm(olds, 2, dtype=dtype)

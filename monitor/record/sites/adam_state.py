@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from monitor.record.passes.adam_state import STATS, moment_rms
 from monitor.record.site import Site
+from monitor.record.sites._updates import updates
 
 #: Steps between two looks, and one look more.
 EVERY, EARLY = 100, 10
@@ -32,7 +33,7 @@ class AdamStateSite(Site):
             together: dict[tuple[Any, ...], tuple[list[str], list[Tensor]]] = {}
             for p in group["params"]:
                 state = optimizer.state.get(p, {})  # no [p]: it would add an empty state
-                v, n = state.get("exp_avg_sq"), self._updates(optimizer, state)
+                v, n = state.get("exp_avg_sq"), updates(self.rec, optimizer, state)
                 v = getattr(v, "_local_tensor", v)
                 if isinstance(v, Tensor) and v.is_floating_point() and v.numel() and v.layout is torch.strided and n:
                     names, moments = together.setdefault((v.device, v.dtype, n), ([], []))
@@ -48,10 +49,3 @@ class AdamStateSite(Site):
                 else:
                     values = torch.stack((rms, torch.full_like(rms, eps)), dim=1).to(self.rec.device)
                 self.rec.emit_many("adam_state", STATS, names, values)
-
-    def _updates(self, optimizer: Optimizer, state: dict[str, Any]) -> float:
-        """Updates in the second moment, from the optimizer's own counter where reading it costs no sync."""
-        step = state.get("step")
-        if isinstance(step, Tensor):
-            return float(step) if step.device.type == "cpu" else float(self.rec.updates(optimizer))
-        return float(step) if isinstance(step, int | float) else 0.0

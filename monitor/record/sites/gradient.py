@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from monitor.record.passes.gradient import STATS, WARMUP, GradientReader, History
 from monitor.record.site import Site
+from monitor.record.sites._updates import updates
 
 #: Steps between two at which the extremes of all tensors are taken, so that the largest of all is known.
 EVERY = 10
@@ -105,17 +106,17 @@ class GradientSite(Site):
     ) -> _Plan:  # fmt: skip
         together: dict[tuple[object, ...], list[int]] = {}
         group_of = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-        updates: dict[int, float | None] = {}  # a group that joined later counts its own
+        known: dict[int, float | None] = {}  # a group that joined later counts its own
         for i, (p, g, group) in enumerate(zip(params, grads, group_of, strict=True)):
             if g is None:
                 continue
             g = _dense(g)
             self._complex = self._complex or g.is_complex()
             if g.is_floating_point() and g.numel() > 0:
-                if group not in updates:
-                    updates[group] = self._updates(optimizer, p)
+                if group not in known:
+                    known[group] = updates(self.rec, optimizer, optimizer.state.get(p, _NOTHING))
                 plain = isinstance(kinds[i], tuple)
-                together.setdefault((g.device, g.dtype, plain, decays[group], updates[group]), []).append(i)
+                together.setdefault((g.device, g.dtype, plain, decays[group], known[group]), []).append(i)
         parts = []
         for (_, _, plain, beta2, _), at in together.items():
             given = [_dense(g) for i in at if (g := grads[i]) is not None]
@@ -129,10 +130,10 @@ class GradientSite(Site):
         """What the gradients of ``part`` are compared with, if there is anything and it is worth it."""
         if part.beta2 is None:
             return None
-        n = self._updates(optimizer, part.params[0])
+        state = optimizer.state
+        n = updates(self.rec, optimizer, state.get(part.params[0], _NOTHING))
         if n is None or n < 2:
             return None
-        state = optimizer.state
         found = [state.get(p, _NOTHING).get("exp_avg_sq") for p in part.params]  # no [p]: it would add an empty state
         ids = list(map(id, found))
         if ids != part.seconds:
@@ -156,13 +157,6 @@ class GradientSite(Site):
         else:
             return True
         return False
-
-    def _updates(self, optimizer: Optimizer, p: Tensor) -> float | None:
-        """Updates in the second moment, from the optimizer's own counter where reading it costs no sync."""
-        step = optimizer.state.get(p, _NOTHING).get("step")
-        if isinstance(step, Tensor):
-            return float(step) if step.device.type == "cpu" else float(self.rec.updates(optimizer))
-        return float(step) if isinstance(step, int | float) else None
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """Gradients if there were none, spikes if no optimizer keeps what they are compared with."""

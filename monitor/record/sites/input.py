@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ class InputSite(Site):
 
     name = "input"
 
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._left_out = 0
+
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record each tensor argument under ``input[0]`` or its keyword."""
         named = [(f"input[{i}]", x) for i, x in enumerate(args)] + list(kwargs.items())
@@ -29,7 +34,14 @@ class InputSite(Site):
                 continue
             found += 1
             if found > _MOST:
-                break
+                continue
             values = input_stats(x)
             at = slice(len(STATS) - len(values), len(STATS))
             self.rec.emit("input", STATS, prefix + name, values, MERGE, at)
+        self._left_out = max(self._left_out, found - _MOST)
+
+    def missing(self) -> Sequence[tuple[str, str]]:
+        """Arguments beyond `_MOST`. A model that is called without tensors lacks nothing."""
+        if self._left_out == 0:
+            return ()
+        return (("input_rms", f"of so many tensors of one call the first {_MOST}; {self._left_out} others are not"),)

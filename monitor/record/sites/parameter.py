@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from monitor.record.passes import alignment, distance, update
+from monitor.record.passes.parameter import ParameterReader
 from monitor.record.site import Site
 
-#: Tensors of up to this many elements are handled together, larger ones alone, so that the second half of the work
-#: finds the tensor in cache.
-_SMALL = 1 << 12
 #: Steps between measurements.
 EVERY = 10
 
@@ -37,13 +35,13 @@ class _Copy:
 
 @dataclass
 class _Group:
-    """Parameters handled together, the copies they are compared with and the samples of where they began."""
+    """Parameters handled together, the copies they are compared with and what compares them."""
 
-    names: list[str]
+    names: tuple[str, ...]
     params: list[Tensor]
     before: list[Tensor]
-    start: list[Tensor]
     copied: int  # step after whose update the copies were taken
+    reader: ParameterReader
 
 
 class ParameterSite(Site):
@@ -69,43 +67,31 @@ class ParameterSite(Site):
     def _copy(self, p: Tensor, step: int) -> None:
         now = _local(p)
         before = now.detach().clone(memory_format=torch.contiguous_format)
-        self._copies[id(p)] = _Copy(weakref.ref(p), before, distance.sample(now).clone(), step)
+        self._copies[id(p)] = _Copy(weakref.ref(p), before, distance.sample(before.view(-1)).clone(), step)
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Record norm and change of this optimizer's parameters, and copy them if the next step is to be measured."""
         copy = self.due(EVERY, self.rec.step + 1)
         if not (copy or self.due(EVERY)):
             return
-        names: list[str] = []
-        values: list[Tensor] = []
-        moved: list[Tensor] = []
-        aligned: list[str] = []
-        angles: list[Tensor] = []
         for group in self._plan(optimizer):
             now = [_local(p) for p in group.params]
             if group.copied == self.rec.step - 1:
-                given = [(name, g, w) for name, p, w in zip(group.names, group.params, group.before, strict=True)
-                         if (g := _gradient(p)) is not None]  # fmt: skip
-                if given:
-                    some, grads, before = zip(*given, strict=True)
-                    aligned += some
-                    angles.append(alignment.alignment_stats(grads, before))  # the update's pass overwrites the copies
-                names += group.names
-                values += update.update_stats(group.before, now)
-                if self.rec.step % EVERY == 0:
-                    moved += [
-                        distance.distance_stats(distance.sample(w), start, w.numel())
-                        for w, start in zip(now, group.start, strict=True)
-                    ]
+                self._compare(group, now)
             if copy:
                 torch._foreach_copy_(group.before, now)
                 group.copied = self.rec.step
-        if names:
-            self.rec.emit_many("update", update.STATS, names, torch.stack([v.float() for v in values]).view(-1, 2))
-        if moved:
-            self.rec.emit_many("distance", distance.STATS, names, torch.stack(moved))
-        if aligned:
-            self.rec.emit_many("alignment", alignment.STATS, aligned, torch.cat(angles))
+
+    def _compare(self, group: _Group, now: list[Tensor]) -> None:
+        """Record what the update did."""
+        grads = [_gradient(p) for p in group.params]
+        changed, aligned, moved = group.reader.read(now, grads, self.rec.step % EVERY == 0)
+        self.rec.emit_many("update", update.STATS, group.names, changed)
+        if moved is not None:
+            self.rec.emit_many("distance", distance.STATS, group.names, moved)
+        if aligned is not None:
+            given = [name for name, g in zip(group.names, grads, strict=True) if g is not None]
+            self.rec.emit_many("alignment", alignment.STATS, given, aligned)
 
     def _plan(self, optimizer: Optimizer) -> list[_Group]:
         """Parameters in groups, made anew when the set of trained parameters changes."""
@@ -127,13 +113,14 @@ class ParameterSite(Site):
                 # first seen after its update: there is nothing to compare with yet
                 self._copy(p, self.rec.step)
                 copy = self._copies[id(p)]
-            small = p.numel() <= _SMALL
-            together.setdefault((p.device, p.dtype, copy.step, None if small else id(p)), []).append(p)
+            together.setdefault((p.device, p.dtype, copy.step), []).append(p)
         groups = []
         for params in together.values():
             copies = [self._copies[id(p)] for p in params]
-            names = [self.rec.parameter(p) for p in params]
-            groups.append(_Group(names, params, [c.before for c in copies], [c.start for c in copies], copies[0].step))
+            names = tuple(self.rec.parameter(p) for p in params)
+            before = [c.before for c in copies]
+            reader = ParameterReader(before, [c.start for c in copies])
+            groups.append(_Group(names, params, before, copies[0].step, reader))
         self._groups[id(optimizer)] = (signature, groups)
         return groups
 
