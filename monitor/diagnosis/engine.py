@@ -322,12 +322,11 @@ class Engine:
         return {rule: reasons[rule] for rule in self._rules if rule in reasons}
 
     def inapplicable(self) -> tuple[str, ...]:
-        """Rules of whose first metric nothing was recorded, though others were: what they judge is not in this run."""
+        """Rules of whose first column nothing was recorded, though others were: what they judge is not in this run."""
         if self._last is None:
             return ()
         timed = (r for r in self._rules.values() if r.check is not None)
-        known = {ref.partition(".")[0] for ref in self._history}
-        return tuple(r.id for r in timed if r.needs[0].partition(".")[0] not in known and not self._judged.get(r.id))
+        return tuple(r.id for r in timed if r.needs[0] not in self._history and not self._judged.get(r.id))
 
     def _audited(self) -> tuple[list[Finding], dict[str, str]]:
         """What the rules over facts find, and why those that cannot decide cannot."""

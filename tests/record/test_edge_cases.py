@@ -408,6 +408,37 @@ def test_mixed_dtypes_in_one_optimizer(tmp_path: Path) -> None:
     assert set(run.frame("update_ratio")["module"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
+class Uncounted(torch.optim.Adam):
+    """Counts its updates in its groups, as some optimizers of others do."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["exp_avg_sq"] = torch.ones_like(p)
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "why"),
+    [
+        (torch.optim.SGD, 3, "no optimizer keeps"),
+        (torch.optim.Adam, 1, "too few updates"),
+        (Uncounted, 3, "does not count its updates"),
+    ],
+)
+def test_why_there_are_no_spikes(kind: Any, steps: int, why: str, tmp_path: Path) -> None:
+    """Oracle: definition. Nothing to compare gradients with, not enough of it, or nobody knows how much."""
+    model = mlp()
+    opt = kind(model.parameters(), lr=1e-3)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(steps):
+            model(torch.randn(8, 12)).square().mean().backward()
+            opt.step()
+    said = [a["why"] for a in monitor.open(tmp_path / "run").info["absent"] if a["what"] == "spam_spike"]
+    assert len(said) == 1
+    assert why in said[0]
+
+
 def test_sparse_gradients_have_a_norm_and_no_spikes(tmp_path: Path) -> None:
     """Oracle: definition. What cannot be compared is declared absent, and the rest of the site goes on."""
     model = nn.EmbeddingBag(100, 5, sparse=True)

@@ -131,8 +131,11 @@ class GradientSite(Site):
         if part.beta2 is None:
             return None
         state = optimizer.state
-        n = updates(self.rec, optimizer, state.get(part.params[0], _NOTHING))
+        own = state.get(part.params[0], _NOTHING)
+        n = updates(self.rec, optimizer, own)
         if n is None or n < 2:
+            if "exp_avg_sq" in own:
+                self._why_no_spikes = "too few updates so far" if n else "the optimizer does not count its updates"
             return None
         found = [state.get(p, _NOTHING).get("exp_avg_sq") for p in part.params]  # no [p]: it would add an empty state
         ids = list(map(id, found))
