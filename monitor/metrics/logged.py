@@ -3,13 +3,13 @@
     value = what ``handle.log(name=value)`` was given during the step
 
 one series per name, recorded at the steps at which it was logged and absent in between. Where no loss or no accuracy
-is logged, evaluations are looked for: forwards of the model in `eval()` without gradients whose output is a loss, or
-holds one as ``loss`` or in a tuple, or is then given to one of torch's loss functions, the one that is trained on. What
-was evaluated since the last step has the means ``eval_loss`` and, of classes, ``eval_acc`` with the next step: over
-targets (the accuracy of batches of more than half a million logits over evenly spaced ones), or over batches where the
-model makes the loss itself. They are of all data that the script evaluates but those it has trained on, as far as these
-are known again: on a CPU, and not where the script alters them at random. Where it evaluates several sets, log each
-under a name of its own.
+is logged, evaluations are looked for: forwards of the model in `eval()` without gradients whose output is the loss that
+is trained on, or holds it as ``loss`` or in a tuple, or is then given to that one of torch's loss functions. What was
+evaluated since the last step has the means ``eval_loss`` and, of classes, ``eval_acc`` with the next step: over targets
+(the accuracy of batches of more than half a million logits over evenly spaced ones), or over batches where the model
+makes the loss itself. They are of all data that the script evaluates but those it has trained on, as far as these are
+known again: on a CPU, and not where the script alters them at random. Where it evaluates several sets, log each under a
+name of its own.
 
 Healthy, unhealthy: as the script means it. A validation loss that rises while `loss` falls is overfitting; a
 validation accuracy that rises long after the training accuracy has reached 1 is grokking.

@@ -1,13 +1,14 @@
 """Keeps our hooks out of copies and saved files of a hooked module: those are as if it had never been recorded.
 
-A hook in a saved model could not be loaded with ``weights_only=True``, whatever stands for it there.
+A hook in a saved model could not be loaded with ``weights_only=True``, whatever stands for it there. Nor can
+`torch.jit.script` compile one.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Set, ValuesView
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,14 @@ class _Hooks(OrderedDict[int, Any]):
     ours: Set[int] = frozenset()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return OrderedDict((n, hook) for n, hook in self.items() if n not in self.ours).__reduce_ex__(protocol)
+        return self._theirs().__reduce_ex__(protocol)
+
+    def values(self) -> ValuesView[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What `torch.jit.script` compiles; a call of the module asks for the items."""
+        return self._theirs().values()
+
+    def _theirs(self) -> OrderedDict[int, Any]:
+        return OrderedDict((n, hook) for n, hook in self.items() if n not in self.ours)
 
 
 class HiddenHooks:

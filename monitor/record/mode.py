@@ -20,7 +20,7 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from monitor.record.private import inside_functorch, take_stack
+from monitor.record.private import take_stack, transformed
 
 #: ``(args, kwargs, result)``; result is None when called before the function runs.
 Watcher = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
@@ -51,7 +51,7 @@ class StepMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         self.calls += 1
-        if func not in self.watched or inside_functorch():
+        if func not in self.watched or transformed():
             result = func(*args, **(kwargs or {}))
             if self.tape is not None:
                 self.tape(func, args, kwargs or {}, result)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +42,42 @@ def compiles() -> bool:
     """True once `torch.compile` was asked for in this process: something may be compiled at any moment."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and any(backend is not None for backend in dynamo.cached_backends.values())
+
+
+class Compiling:
+    """Calls ``tell`` before Dynamo compiles anything, or traces for an export: that resets it, which drops this.
+
+    Args:
+        tell: called with nothing, on the thread that compiles.
+    """
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, *args: Any) -> None:
+        """Dynamo begins."""
+        self._tell()
+
+    def __del__(self) -> None:
+        self._tell()
+
+
+def before_compiling(tell: Callable[[], None]) -> Callable[[], Compiling | None] | None:
+    """Have ``tell`` called before something is compiled or exported; None where that cannot be known.
+
+    Returns:
+        What gives the `Compiling` for as long as it is heard.
+    """
+    handler = getattr(sys.modules.get("torch._dynamo"), "callback_handler", None)
+    if handler is None:
+        return None
+    return weakref.ref(handler.register_start_callback(Compiling(tell)))
+
+
+def stop_hearing(compiling: Compiling) -> None:
+    """Have it called no more."""
+    with contextlib.suppress(ValueError):
+        sys.modules["torch._dynamo"].callback_handler.remove_start_callback(compiling)
 
 
 def take_stack() -> list[TorchFunctionMode]:

@@ -32,7 +32,15 @@ from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.followed import FAST, Followed, children_called, find_bystanders
 from monitor.record.mode import StepMode, Watcher
-from monitor.record.private import alone, compiled_any, compiles, quiet, transformed
+from monitor.record.private import (
+    alone,
+    before_compiling,
+    compiled_any,
+    compiles,
+    quiet,
+    stop_hearing,
+    transformed,
+)
 from monitor.record.probe import Probe
 from monitor.record.ring import Values
 from monitor.record.rows import OpenRow
@@ -124,7 +132,7 @@ class Recorder:
         self._expected: frozenset[int] = frozenset()
         self._unscaled_since_backward = False
         self._depth = 0
-        self._was_on = False
+        self._was_on, self._trained = False, False  # as it was before the forward: the mode, and `training`
         self.forwards = 0  # of root modules in this step
         self.blind = False  # calls inside one of them were not watched
         self._eval_trained = False
@@ -133,6 +141,7 @@ class Recorder:
         self._beside: set[int] = set()  # modules that are not ours
         self._asides: list[bool] = []  # the mode was taken off for a call of one of them
         self._window: Any = None  # the hook that ends it: the loss of an evaluation is looked for
+        self._compiling: Any = None  # gives what ends it too, before something is compiled
         self._called_inside = False  # a loss, a backward or a clipping inside a root module's forward
         self._thread: int | None = None  # that trains; known from the first training forward or update
         self._pid = os.getpid()
@@ -345,7 +354,7 @@ class Recorder:
             if self.rows == 0:
                 self._look_for_bystanders()
         self.forwards += 1
-        self._was_on = self.mode.on_stack()
+        self._was_on, self._trained = self.mode.on_stack(), self.training
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
         if self.training:
             self._thread = threading.get_ident()
@@ -374,6 +383,8 @@ class Recorder:
                     self._at("on_output", module, args, kwargs, output)
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
             self._set(torch.is_grad_enabled() or self._was_on)
+            if self._was_on and not torch.is_grad_enabled():
+                self.training = self._trained
             if not module.training and not torch.is_grad_enabled():
                 with quiet():
                     self._at("on_evaluation", module, args, kwargs, output)
@@ -386,13 +397,31 @@ class Recorder:
         """
         if self.rows == 0 or self.mode.on_stack() or compiles():
             return False
+        if self._compiling is None or self._compiling() is None:  # a reset of Dynamo forgets it
+            self._compiling = before_compiling(self._compiles)
+        if self._compiling is None:
+            return False
         self._set(True)
         self._window = register_module_forward_pre_hook(self._module_called)
         return True
 
     def _module_called(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self._here() and (module._parameters or module._modules):
+        if not torch.compiler.is_compiling() and (module._parameters or module._modules):
+            self._end_window()
+
+    def _compiles(self) -> None:
+        """Something is to be compiled or exported: neither the mode nor a hook of all modules may be met there."""
+        if self.evaluating:
+            self._guard(self._end_window)
+
+    def _end_window(self) -> None:
+        if self._here() and self.mode.on_stack():  # it is not while a function it has been told of calls a module
             self._set(False)
+
+    @property
+    def evaluating(self) -> bool:
+        """True while the loss of an evaluation is looked for: what is called then is no part of a step."""
+        return self._window is not None
 
     def _look_for_bystanders(self) -> None:
         """Hook the calls of modules beside ours that must not meet the mode, which is on the stack until the step."""
@@ -471,6 +500,8 @@ class Recorder:
 
     def _backward_begins(self, args: Any, kwargs: Any, result: Any) -> None:
         """A backward pass is about to run: after an unscaling it belongs to a new attempt at an update."""
+        if self.evaluating:
+            return
         begin = time.perf_counter()
         self._called_inside |= self.inside_forward
         if self._unscaled_since_backward:
@@ -491,11 +522,13 @@ class Recorder:
     # ---- errors
 
     def _guarded(self, site: Site, watcher: Watcher, always: bool = False) -> Watcher:
+        evaluates = isinstance(site, EvaluationSite)
+
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            if not always and not site.due(site.inside_every):
+            if (self.evaluating and not evaluates) or (not always and not site.due(site.inside_every)):
                 return
             begin = time.perf_counter()
-            self._called_inside |= always and self._depth > 0
+            self._called_inside |= always and not evaluates and self._depth > 0
             with quiet():
                 self._tell(site, watcher, args, kwargs, result)
             self.spent += time.perf_counter() - begin
@@ -565,6 +598,9 @@ class Recorder:
         if os.getpid() != self._pid:
             return
         self._set(False)
+        compiling = self._compiling() if self._compiling is not None else None
+        if compiling is not None:
+            stop_hearing(compiling)
         with quiet():
             self._guard(self._finish)
         self._guard(self._release)

@@ -142,7 +142,7 @@ class Run:
     def steps(self) -> int:
         """Number of recorded steps, of all attempts; a row of what was logged after the last one is no step."""
         rows = sum(p.steps for p in (*self._files, *self._tails))
-        if self.info["status"] == "running":  # there is none yet
+        if self.info["status"] == "running" and self.attempts == 1:  # there is none yet
             return rows
         timed = sum(s.n for s in self.summary("step_time.monitor_seconds"))
         return timed if timed > 0 and rows - self.attempts <= timed <= rows else rows

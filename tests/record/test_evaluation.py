@@ -27,6 +27,7 @@ EVERY, STEPS = 5, 12
 def nothing_compiled() -> None:
     """Where anything is to be compiled, nothing is watched in an evaluation."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def train(
@@ -111,6 +112,8 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "sum": (lambda z, y: F.cross_entropy(z, y, reduction="sum") / 8, CLASSES),
     "none": (lambda z, y: F.cross_entropy(z, y, reduction="none").mean(), CLASSES),
     "ignored": (F.cross_entropy, IGNORED),
+    "each": (lambda z, y: F.cross_entropy(z, y, reduction="none").sum() / (y != -100).sum(), IGNORED),
+    "bytes": (F.cross_entropy, CLASSES.to(torch.uint8)),
     "keywords": (lambda z, y: F.cross_entropy(target=y, input=z), CLASSES),
     "nll": (F.nll_loss, CLASSES),
     "soft": (F.cross_entropy, F.one_hot(CLASSES, 5).float()),
@@ -315,3 +318,249 @@ def test_training_data_are_not_evaluated(tmp_path: Path) -> None:
         {s: seen[s] for s in steps.tolist()}
     )
     assert len(steps) >= 2
+
+
+class Beside(nn.Module):
+    """In evaluation, gives back what ``kind`` makes of its logits."""
+
+    def __init__(self, kind: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.kind, self.scale = nn.Linear(12, 5), kind, nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.to_padded_tensor(0.0)[0] if x.is_nested else x
+        z = self.scale * self.inner(x.dequantize() if x.is_quantized else x)
+        return self.kind(z) if not self.training else (z, self.scale * 1)
+
+
+class Labelled:
+    """Has a loss only for those who have given labels."""
+
+    @property
+    def loss(self) -> Tensor:
+        raise RuntimeError("no labels")
+
+
+NUMBERS: dict[str, Callable[[Tensor], Any]] = {
+    "scale": lambda z: (z, z.new_tensor(100.0)),
+    "value": lambda z: z[0, 0],
+    "property": lambda z: Labelled(),
+    "meta": lambda z: z.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_that_are_not_trained_on(kind: str, tmp_path: Path) -> None:
+    """Oracle: definition. The scale of logits and the value of a state are no losses, before the first step neither."""
+    trainings.seed()
+    model = Beside(NUMBERS[kind])
+
+    def evaluate() -> None:
+        z = model(OTHERS)
+        if kind == "meta":
+            F.cross_entropy(z, CLASSES.to("meta"))
+
+    def loss(step: int) -> Tensor:
+        if step == 0:
+            model.eval()
+            with torch.no_grad():
+                evaluate()
+            model.train()
+        return F.cross_entropy(model(INPUTS)[0], CLASSES)
+
+    _, run = train(model, loss, evaluate, tmp_path / "run")
+    assert "logged" not in run.metrics()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*uantize")
+@pytest.mark.parametrize("kind", ["nested", "quantized"])
+def test_inputs_without_shapes_or_numbers(kind: str, tmp_path: Path) -> None:
+    """Oracle: closed form. They are no reason to give up."""
+    trainings.seed()
+    model = Beside(lambda z: z)
+
+    def evaluate() -> float:
+        quantized = torch.quantize_per_tensor(OTHERS, 0.1, 0, torch.qint8)
+        given = torch.nested.nested_tensor([OTHERS]) if kind == "nested" else quantized
+        return float(F.cross_entropy(model(given), CLASSES))
+
+    seen, run = train(model, lambda s: F.cross_entropy(model(INPUTS)[0], CLASSES), evaluate, tmp_path / "run")
+    assert found(run, "eval_loss") == pytest.approx(seen, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["written over", "fitted", "probed"])
+def test_what_is_made_of_the_output(kind: str, tmp_path: Path) -> None:
+    """Oracle: invariance. Another unit, a latent and a linear probe: no evaluation, and no part of the next step."""
+    trainings.seed()
+    model, y = nn.Linear(12, 5), torch.randn(22, 5)
+
+    def evaluate() -> None:
+        z = model(OTHERS)
+        if kind == "written over":
+            F.mse_loss(z.mul_(3.0).add_(1.0), y)
+            return
+        w = torch.zeros(22 if kind == "fitted" else 5, 5, requires_grad=True)
+        with torch.enable_grad():
+            (F.mse_loss(z, w) if kind == "fitted" else F.mse_loss(z @ w, y)).backward()
+
+    def loss(step: int) -> Tensor:
+        losses.append(F.mse_loss(model(INPUTS), y))
+        return losses[-1]
+
+    losses: list[Tensor] = []
+    _, run = train(model, loss, evaluate, tmp_path / "run")
+    assert "logged" not in run.metrics()
+    assert run.series("loss.value")[1].tolist() == [x.item() for x in losses]
+
+
+def compiled() -> Callable[[Tensor], Any]:
+    """A function that is compiled where it is called first."""
+    function = torch.compile(lambda z: z.softmax(1).sum(), backend="eager", fullgraph=True)
+    return lambda z: function(z)
+
+
+def exported() -> Callable[[Tensor], Any]:
+    """A module is exported, where no hook of all modules may stand."""
+    return lambda z: torch.export.export(nn.Linear(5, 3), (z,), strict=True)
+
+
+def traced() -> Callable[[Tensor], Any]:
+    """What is traced is compared with a second trace."""
+    return lambda z: torch.jit.trace(lambda z: F.cross_entropy(z, CLASSES), z)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("made", [compiled, exported, traced])
+def test_something_is_compiled_after_an_evaluation(made: Callable[[], Callable[[Tensor], Any]], tmp_path: Path) -> None:
+    """Oracle: invariance. Neither the mode nor a hook of all modules is met where Dynamo or the tracer looks."""
+    model, done = nn.Linear(12, 5), []
+
+    def evaluate() -> None:
+        if not done:
+            z = model(OTHERS)
+            assert _get_current_function_mode_stack()
+            function = made()
+            done.append(function(z))
+            model(OTHERS)
+            function(z)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(model, lambda s: F.cross_entropy(model(INPUTS), CLASSES), evaluate, tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_recorded_model_can_be_scripted(tmp_path: Path) -> None:
+    """Oracle: definition. TorchScript compiles the hooks of a module: it must not find ours."""
+    model = nn.Linear(12, 5)
+    with monitor.attach(model, tmp_path / "run"):
+        assert torch.equal(torch.jit.script(model)(OTHERS), model(OTHERS))
+
+
+def test_a_part_of_the_loss_inside_the_model(tmp_path: Path) -> None:
+    """Oracle: definition. It is no evaluation's, and no reason to watch every forward, which costs more."""
+
+    class Coder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.modes = nn.Linear(12, 5), 0
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.inner(x)
+            self.modes += len(_get_current_function_mode_stack())
+            return z, F.mse_loss(z, z.round())
+
+    model = Coder()
+
+    def loss(step: int) -> Tensor:
+        z, part = model(INPUTS)
+        return F.cross_entropy(z, CLASSES) + part
+
+    train(model, loss, lambda: None, tmp_path / "run", steps=40)
+    assert model.modes < 20  # of 40
+
+
+def test_an_evaluation_alone_is_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: definition. Of a model that is never trained nothing is recorded, nor judged."""
+    model = Judge("loss").eval()
+    with monitor.attach(model, tmp_path / "run"), torch.no_grad():
+        model(OTHERS, CLASSES)
+    assert monitor.open(tmp_path / "run").steps == 0
+    assert "no step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log", ["", "val_loss"])
+def test_steps_of_a_training_that_goes_on(log: str, tmp_path: Path) -> None:
+    """Oracle: definition. The row of the last evaluation is no step: the next attempt begins with its number."""
+    model = nn.Linear(12, 5)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for attempt in range(3):
+        with monitor.attach(model, run_dir=tmp_path / "run", resume=attempt > 0) as handle:
+            for _ in range(STEPS):
+                opt.zero_grad()
+                F.cross_entropy(model(INPUTS), CLASSES).backward()
+                opt.step()
+            assert monitor.open(tmp_path / "run").steps == (attempt + 1) * STEPS  # also of one that goes on or dies
+            if attempt == 1:
+                continue
+            model.eval()
+            with torch.no_grad():
+                F.cross_entropy(model(OTHERS), CLASSES)
+            if log:
+                handle.log(**{log: 1.5})
+            model.train()
+    run = monitor.open(tmp_path / "run")
+    assert run.steps == 3 * STEPS
+    assert run.series("loss.value")[0].tolist() == list(range(3 * STEPS))
+    assert [a["start_step"] for a in run.info["attempts"]] == [0, STEPS, 2 * STEPS]
+    assert list(found(run, log or "eval_loss")) == [3 * STEPS]  # of the first attempt's nothing is left at that step
+
+
+def test_masks_are_no_training_data(tmp_path: Path) -> None:
+    """Oracle: closed form. They come first and are the same for all rows: the tokens tell what was trained on."""
+    trainings.seed()
+    ids, held = torch.randint(0, 9, (2, 40, 6))
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Embedding(9, 5)
+
+        def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
+            return (self.inner(ids) * mask[..., None]).sum(1)
+
+    model = Masked()
+
+    def loss(ids: Tensor) -> Tensor:
+        return F.cross_entropy(model(torch.ones(40, 6), ids), torch.arange(40) % 5)
+
+    def evaluate() -> float:
+        loss(ids.clone())
+        return float(loss(held))
+
+    seen, run = train(model, lambda s: loss(ids), evaluate, tmp_path / "run")
+    assert found(run, "eval_loss") == pytest.approx(seen, rel=1e-6)
+
+
+def test_an_evaluation_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """Oracle: invariance. What is recorded of the step is what is recorded without it; one with gradients is none."""
+    model, runs = nn.Linear(12, 5), []
+    for nested in (False, True):
+        trainings.seed()
+        model.reset_parameters()
+
+        def loss(step: int, nested: bool = nested) -> Tensor:
+            z = model(INPUTS)
+            if nested:
+                model.eval()
+                with torch.no_grad():
+                    model(OTHERS)
+                model.train()
+            return F.cross_entropy(z, CLASSES)
+
+        def evaluate() -> None:
+            with torch.enable_grad():
+                F.cross_entropy(model(OTHERS), CLASSES)
+
+        runs.append(train(model, loss, evaluate, tmp_path / f"{nested}")[1])
+    plain, nested = ([r.series(ref, r.modules(ref)[0]) for ref in ("input_rms.rms", "logit_norm.mean")] for r in runs)
+    assert all(np.array_equal(a, b) for x, y in zip(plain, nested, strict=True) for a, b in zip(x, y, strict=True))

@@ -3,14 +3,15 @@
 An evaluation is a forward of a root module in `eval()` without gradients. Its loss is taken from the model's output,
 where it is in there, as in transformers' models; else from the loss function that is called with the output before
 another module is. Nothing is taken of a loss that is put together in the script: a part would pass for the whole. Nor
-of a forward of data that were trained on, as in scripts that evaluate both sets.
+of a number in the output that is not trained on, as a scale or a value. Nor of a forward of data that were trained on,
+as in scripts that evaluate both sets.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
@@ -43,6 +45,8 @@ _SCALES = ("MulBackward0", "DivBackward0", "MeanBackward0", "SumBackward0", "ToC
 LOOKED = 1 << 19
 #: Rows of a batch, and values of a row, that tell data that were trained on again; how many rows are remembered.
 ROWS, VALUES, REMEMBERED = 256, 64, 1 << 16
+#: Steps between two whose rows are remembered.
+MARKED = 4
 #: Part of the rows looked at that must have been trained on: then the batch is of the training data.
 PART = 0.125
 #: Evaluated batches in a row after which no loss was seen: then nobody looks any more.
@@ -62,8 +66,10 @@ class EvaluationSite(Site):
         super().__init__(recorder)
         self._means: dict[str, tuple[Any, Any]] = {}  # sum and weight of each quantity
         self._trained: list[weakref.ref[Tensor]] = []  # inputs of the last training forward
-        self._given: set[int] = set()  # where the numbers of the last output lie
+        self._given: dict[StorageWeakRef, int] = {}  # where the numbers of the last output lie, and how often written
         self._criteria: set[str] = set()  # what was trained on
+        self._made: list[Any] = []  # nodes of the numbers in the output of the last training forward
+        self._makes_loss = False  # one of them was trained on
         self._vain = 0
         self._rows: dict[float, None] = {}  # what tells rows that were trained on, the oldest first
 
@@ -76,19 +82,28 @@ class EvaluationSite(Site):
         return {func: partial(self._called, func) for func in _LOSSES}
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if self.rec.rows >= START:
+        if self.rec.rows >= START or self.rec.evaluating:
             return
         given = args[0] if args else kwargs.get("tensors")
         for loss in [given] if isinstance(given, Tensor) else list(given or ()):
-            self._criteria.add(_criterion(loss))
+            nodes = _scaled(loss)
+            self._criteria.add(_criterion(nodes[-1]))
+            self._makes_loss |= any(node is made for node in nodes for made in self._made)
+        self._made.clear()
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The evaluation is over; remember what is trained on, for as long as it lives."""
         self._given.clear()
         self._trained = [weakref.ref(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        self._rows.update(dict.fromkeys(self._marks((*args, *kwargs.values()))))
-        for oldest in list(islice(self._rows, max(0, len(self._rows) - REMEMBERED))):
-            del self._rows[oldest]
+        if self.due(MARKED):
+            self._rows.update(dict.fromkeys(self._marks((*args, *kwargs.values()))))
+            for oldest in list(islice(self._rows, max(0, len(self._rows) - REMEMBERED))):
+                del self._rows[oldest]
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Remember which numbers the model made, until it is known whether they are trained on."""
+        if self.rec.rows < START:
+            self._made = [x.grad_fn for x in _numbers(output) if x.grad_fn is not None]
 
     def on_evaluation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Keep the loss that the model gave back, or look for one that is made of its output."""
@@ -97,7 +112,8 @@ class EvaluationSite(Site):
         marks = self._marks((*args, *kwargs.values()))
         if sum(m in self._rows for m in marks) > PART * len(marks):
             return  # the training data once more, as in scripts that evaluate both
-        loss = _loss(output)
+        # before the first backward anything may be what will be trained on
+        loss = next(_numbers(output), None) if self._makes_loss or not self._criteria else None
         if loss is not None:
             self._add("loss", loss, 1.0)
             return
@@ -106,20 +122,22 @@ class EvaluationSite(Site):
             self._given = _places(tree_leaves(output))
 
     def _marks(self, given: Iterable[Any]) -> list[float]:
-        """A number for each row of the first tensor of some rows, the same for the same row; on a CPU alone."""
-        x = next((x for x in _plain(given) if x.dim() > 1 and len(x) > 1), None)
-        if x is None or not self.rec.on_cpu or x.is_complex():
-            return []
-        rows = x[:: -(-len(x) // ROWS)].reshape(-(-len(x) // -(-len(x) // ROWS)), -1)
-        some = rows[:, :: -(-rows.shape[1] // VALUES)].double().numpy()
-        return (some * _WEIGHTS[: some.shape[1]]).sum(1).tolist()
+        """A number for each row of the tensor that tells most of them apart, the same for the same row; on a CPU alone.
+
+        A mask does not: the rows of other data have the same.
+        """
+        several = [_marks(x) for x in _plain(given) if x.dim() > 1 and len(x) > 1 and x.is_cpu and not x.is_complex()]
+        if len(several) > 1:
+            several.sort(key=lambda marks: len(set(marks)))
+        return several[-1] if several and self.rec.on_cpu else []
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if not self._given:
             return
         given = _SIGNATURES[func].bind(*args, **kwargs).arguments
         z, y = given["input"], given["target"]
-        if not _places((z,)) & self._given:
+        # neither of an output that was written over, nor one that is trained on, as a probe's
+        if not _places((z,)).items() & self._given.items() or result.requires_grad:
             return
         self._given.clear()
         self._vain = 0  # the first is the loss, what comes then is beside it
@@ -128,6 +146,9 @@ class EvaluationSite(Site):
             valid = y != given.get("ignore_index", -100)
             count = int(valid.sum()) if self.rec.on_cpu else valid.sum()
             self._judge(z if z.dim() > 1 else z[None], y if z.dim() > 1 else y[None], valid)
+            if result.dim() > 0:  # of ignored targets it is 0, which a mean would count
+                result = result.sum()
+                given["reduction"] = "sum"
         summed = given.get("reduction", "mean") == "sum" or given.get("size_average") is False
         # another loss than that of the training is none, and of a sum of weighted ones the weights are not known
         if self._criteria == {_LOSSES[func]} and not (summed and given.get("weight") is not None):
@@ -139,29 +160,27 @@ class EvaluationSite(Site):
             return
         rows = slice(None, None, -(-z.numel() // LOOKED) if z.dim() == 2 else 1)
         z, y, valid = z[rows], y[rows], valid.view(y.shape)[rows]
-        of_target = z.gather(1, torch.where(valid, y, 0).unsqueeze(1)).squeeze(1)
+        of_target = z.gather(1, torch.where(valid, y, 0).long().unsqueeze(1)).squeeze(1)
         count = int(valid.sum()) if self.rec.on_cpu else valid.sum()
         self._add("acc", ((of_target >= z.amax(1)) & valid).sum(), count, summed=True)
 
     def _add(self, kind: str, value: Tensor, weight: Any, summed: bool = False) -> None:
         x = value.item() if self.rec.on_cpu else value.detach().double().reshape(())
         if not summed:  # the mean over no target is not a number
-            x = (
-                torch.where(weight > 0, x * weight, 0.0)
-                if isinstance(weight, Tensor)
-                else x * weight
-                if weight
-                else 0.0
-            )
+            known = weight > 0
+            x = torch.where(known, x * weight, 0.0) if isinstance(known, Tensor) else x * weight if known else 0.0
         total, weights = self._means.get(kind, (0.0, 0.0))
         self._means[kind] = total + x, weights + weight
 
     def waiting(self) -> bool:
         """True if the model was evaluated after its last step."""
-        return bool(self._means)
+        return bool(self._means) and self.rec.rows > 0
 
     def on_row(self) -> None:
         """Hand on what was evaluated since the last row."""
+        self._made.clear()
+        if self.rec.rows == 0 and self._criteria and not self._makes_loss:
+            self._means.pop("loss", None)
         if self._means:
             logged = next(s for s in self.rec.sites if isinstance(s, LoggedSite))
             for kind, (total, weight) in self._means.items():
@@ -170,35 +189,57 @@ class EvaluationSite(Site):
             self._means.clear()
 
 
-def _loss(output: Any) -> Tensor | None:
-    """The one number in a model's output that is a loss: the output itself, its ``loss``, or in a tuple the first."""
+def _numbers(output: Any) -> Iterator[Tensor]:
+    """The numbers in a model's output that may be a loss: the output itself, its ``loss``, or those in a tuple."""
     if isinstance(output, tuple | list):
         given = output
-    else:
-        given = [output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)]
-    numbers = (x for x in given if isinstance(x, Tensor))
-    return next((x for x in numbers if x.dim() == 0 and x.is_floating_point()), None)
+    elif isinstance(output, Mapping):
+        given = [output.get("loss")]
+    else:  # what a property would compute is none of ours
+        given = [getattr(output, "__dict__", {}).get("loss", output)]
+    return (x for x in given if isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point())
 
 
-def _criterion(loss: Tensor) -> str:
-    """Which of `_LOSSES` alone ``loss`` is, up to a factor; the name of another node if it is none of them."""
-    node = loss.grad_fn
-    for _ in range(8):
-        before = [n for n, _ in node.next_functions if n is not None] if node is not None else []
-        if node is None or type(node).__name__ not in _SCALES or len(before) != 1:
+def _scaled(loss: Any) -> list[Any]:
+    """The nodes of ``loss``, from the last one back to the one that makes it up to a factor; that may be None."""
+    nodes = [getattr(loss, "grad_fn", None)]
+    while nodes[-1] is not None and type(nodes[-1]).__name__ in _SCALES and len(nodes) <= 8:
+        before = [n for n, _ in nodes[-1].next_functions if n is not None]
+        if len(before) != 1:
             break
-        node = before[0]
+        nodes.append(before[0])
+    return nodes
+
+
+def _criterion(node: Any) -> str:
+    """Which of `_LOSSES` leaves this node; its own name if it is none of them."""
     name = type(node).__name__
     return next((known for known in _LOSSES.values() if name.startswith(known)), name)
 
 
+def _marks(x: Tensor) -> list[float]:
+    rows = x[:: -(-len(x) // ROWS)].reshape(-(-len(x) // -(-len(x) // ROWS)), -1)
+    some = rows[:, :: -(-rows.shape[1] // VALUES)].double().numpy()
+    return (some * _WEIGHTS[: some.shape[1]]).sum(1).tolist()
+
+
 def _plain(values: Iterable[Any]) -> Iterable[Tensor]:
-    return (x for x in values if type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and x.numel() > 0)
+    return (
+        x
+        for x in values
+        if type(x) in (Tensor, nn.Parameter)
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta or x.is_quantized)
+        and x.numel() > 0
+    )
 
 
-def _places(values: Iterable[Any]) -> set[int]:
-    """Where the memory of the tensors among ``values`` begins: the same for what is only a view of another."""
-    return {x.untyped_storage().data_ptr() for x in _plain(values)}
+def _places(values: Iterable[Any]) -> dict[StorageWeakRef, int]:
+    """The memory of the tensors among ``values``, the same for what is only a view of another, and its version."""
+    return {
+        StorageWeakRef(x.untyped_storage()): -1 if x.is_inference() else x._version  # memory that is free is another
+        for x in _plain(values)
+    }
 
 
 def _same(values: Iterable[Any]) -> set[tuple[Any, ...]]:
