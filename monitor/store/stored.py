@@ -62,7 +62,8 @@ def write_findings(path: Path, findings: Sequence[Finding], state: dict[str, Any
     extra = {b"monitor.rules_hash": rules_hash.encode(), b"monitor.state": json.dumps(state).encode()}
     table = pa.Table.from_arrays(columns, schema=FINDINGS_SCHEMA)
     with replacing(path) as temp:
-        write_table(temp, [table], FINDINGS_SCHEMA.with_metadata(extra))
+        # in the footer: what a schema says besides is written twice
+        write_table(temp, [table], FINDINGS_SCHEMA, lambda: extra)
 
 
 def read_findings(path: Path) -> Stored:
@@ -81,7 +82,7 @@ def read_findings(path: Path) -> Stored:
             if not schema.equals(FINDINGS_SCHEMA):
                 raise ValueError("has other columns than stored findings")
             rows = file.read(use_threads=False).to_pylist()
-        extra = schema.metadata or {}
+            extra = file.metadata.metadata or {}
         rules_hash = extra[b"monitor.rules_hash"].decode()
         state = json.loads(extra[b"monitor.state"])
         evidence = [json.loads(r["evidence"]) for r in rows]
