@@ -14,7 +14,7 @@ from monitor.record.flush import Flusher
 from monitor.record.ring import Ring, Values
 
 #: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
-BLOCK_ROWS, BLOCK_SECONDS = 50, 2.0
+BLOCK_ROWS, BLOCK_SECONDS = 100, 5.0
 
 
 class OpenRow:
