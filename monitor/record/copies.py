@@ -6,9 +6,10 @@ A hook in a saved model could not be loaded with ``weights_only=True``, whatever
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Set, ValuesView
+from collections.abc import Callable, Set, ValuesView
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,49 @@ class _Hooks(OrderedDict[int, Any]):
 
     def _theirs(self) -> OrderedDict[int, Any]:
         return OrderedDict((n, hook) for n, hook in self.items() if n not in self.ours)
+
+
+def hook_calls(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:
+    """Have the calls of ``module`` told, as if nobody did.
+
+    Args:
+        module: any module that no fast path of its own is lost to.
+        before: called with ``(module, args, kwargs)``, before the hooks of others.
+        after: called with ``(module, args, kwargs, output)``, also if the call raises.
+
+    Returns:
+        What has a ``remove``; in this order.
+    """
+    hidden = HiddenHooks(module)
+    handles = (
+        module.register_forward_pre_hook(_Before(before), with_kwargs=True, prepend=True),
+        module.register_forward_hook(_After(after), with_kwargs=True, always_call=True),
+    )
+    return [*(hidden.hide(handle) for handle in handles), hidden]
+
+
+class _Stays:
+    """A hook for which one stands that does nothing where it could not be kept out of a copy.
+
+    What stands there is of the standard library, so that a saved model loads where there is no monitor.
+    """
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self._tell = tell
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+# two functions, not one with a variable number of arguments, which Dynamo would compile twice
+class _Before(_Stays):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._tell(module, args, kwargs)
+
+
+class _After(_Stays):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._tell(module, args, kwargs, output)
 
 
 class HiddenHooks:

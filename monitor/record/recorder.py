@@ -15,11 +15,11 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -27,20 +27,12 @@ from torch.optim.optimizer import (
 )
 
 from monitor.errors import MonitorWarning
-from monitor.record.copies import HiddenHooks
+from monitor.record.copies import hook_calls
 from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Flusher
 from monitor.record.followed import FAST, Followed, children_called, find_bystanders
 from monitor.record.mode import StepMode, Watcher
-from monitor.record.private import (
-    alone,
-    before_compiling,
-    compiled_any,
-    compiles,
-    quiet,
-    stop_hearing,
-    transformed,
-)
+from monitor.record.private import alone, compiled_any, quiet, transformed
 from monitor.record.probe import Probe
 from monitor.record.ring import Values
 from monitor.record.rows import OpenRow
@@ -62,6 +54,7 @@ from monitor.record.sites.probe import ProbeSite
 from monitor.record.sites.router import RouterSite
 from monitor.record.sites.state import StateSite
 from monitor.record.sites.stream import StreamSite
+from monitor.record.stack import Stack
 
 _SITES: tuple[type[Site], ...] = (
     InputSite,
@@ -139,9 +132,6 @@ class Recorder:
         self._layers: dict[int, weakref.WeakSet[nn.Module]] = {}
         self._kept_fast = False
         self._beside: set[int] = set()  # modules that are not ours
-        self._asides: list[bool] = []  # the mode was taken off for a call of one of them
-        self._window: Any = None  # the hook that ends it: the loss of an evaluation is looked for
-        self._compiling: Any = None  # gives what ends it too, before something is compiled
         self._called_inside = False  # a loss, a backward or a clipping inside a root module's forward
         self._thread: int | None = None  # that trains; known from the first training forward or update
         self._pid = os.getpid()
@@ -172,6 +162,7 @@ class Recorder:
             for func, watcher in site.after().items():
                 after[func] = _both(after.get(func), self._guarded(site, watcher, always))
         self.mode = StepMode(before, after)
+        self.stack = Stack(self.mode, self._here, self._guard)
         self._inside = [site for site in self.sites if site.inside_every > 1]
         for model in models:
             self.adopt(model)
@@ -194,16 +185,7 @@ class Recorder:
             return
         self._entries[id(module)] = False
         self._prefixes[id(module)] = prefix
-        self._hook(module, _Before(self), _After(self))
-
-    def _hook(self, module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
-        hidden = HiddenHooks(module)
-        for handle in (
-            module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            module.register_forward_hook(after, with_kwargs=True, always_call=True),
-        ):
-            self._hooks.append(hidden.hide(handle))
-        self._hooks.append(hidden)
+        self._hooks += hook_calls(module, self._before_forward, self._after_forward)
 
     def prefix(self, module: nn.Module) -> str:
         """What distinguishes the arguments of one hooked module from those of the others; empty for the first root."""
@@ -303,7 +285,7 @@ class Recorder:
         # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode; a closure runs
         # forward and backward in there
         if not closure and self._here():
-            self._set(False)
+            self.stack.set(False)
         if self.probing and not self._row:
             self.probing = False
             self.mode.inside = True  # a probe runs the models: not one of those calls is the training's
@@ -354,13 +336,13 @@ class Recorder:
             if self.rows == 0:
                 self._look_for_bystanders()
         self.forwards += 1
-        self._was_on, self._trained = self.mode.on_stack(), self.training
+        self._was_on, self._trained = self.stack.on, self.training
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
         if self.training:
             self._thread = threading.get_ident()
         inside = self._looks_inside()
         self.blind |= self.training and not inside
-        self._set(
+        self.stack.set(
             self.training and module.training and inside and not self._compiled(module) and not self._fast(module)
         )
         if self.training:
@@ -382,65 +364,27 @@ class Recorder:
                 with quiet():
                     self._at("on_output", module, args, kwargs, output)
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
-            self._set(torch.is_grad_enabled() or self._was_on)
+            self.stack.set(torch.is_grad_enabled() or self._was_on)
             if self._was_on and not torch.is_grad_enabled():
                 self.training = self._trained
             if not module.training and not torch.is_grad_enabled():
                 with quiet():
                     self._at("on_evaluation", module, args, kwargs, output)
 
-    def watch_until_a_module_is_called(self) -> bool:
-        """Watch what follows an evaluation, up to the next call of any module that has parts; True if it can be done.
-
-        So no layer meets the mode that would leave its fast path for it. Never where something is to be compiled, nor
-        before the first step, when a model that has been tried may yet be.
-        """
-        if self.rows == 0 or self.mode.on_stack() or compiles():
-            return False
-        if self._compiling is None or self._compiling() is None:  # a reset of Dynamo forgets it
-            self._compiling = before_compiling(self._compiles)
-        if self._compiling is None:
-            return False
-        self._set(True)
-        self._window = register_module_forward_pre_hook(self._module_called)
-        return True
-
-    def _module_called(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and (module._parameters or module._modules):
-            self._end_window()
-
-    def _compiles(self) -> None:
-        """Something is to be compiled or exported: neither the mode nor a hook of all modules may be met there."""
-        if self.evaluating:
-            self._guard(self._end_window)
-
-    def _end_window(self) -> None:
-        if self._here() and self.mode.on_stack():  # it is not while a function it has been told of calls a module
-            self._set(False)
-
-    @property
-    def evaluating(self) -> bool:
-        """True while the loss of an evaluation is looked for: what is called then is no part of a step."""
-        return self._window is not None
-
     def _look_for_bystanders(self) -> None:
         """Hook the calls of modules beside ours that must not meet the mode, which is on the stack until the step."""
         for module, compiled in find_bystanders(self.roots):
             if id(module) not in self._beside:
                 self._beside.add(id(module))
-                self._hook(module, _Aside(self, compiled), _Back(self))
+                self._hooks += hook_calls(module, partial(self._begin_aside, compiled), self._end_aside)
 
-    def _step_aside(self, module: nn.Module, compiled: bool) -> None:
-        """``module``, which is not ours, is called: no mode on the stack if it evaluates, or is compiled."""
-        evaluates = not (module.training and torch.is_grad_enabled())
-        self._asides.append(self.mode.on_stack() and (evaluates or compiled))
-        if self._asides[-1]:
-            self._set(False)
+    def _begin_aside(self, compiled: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and self._here():
+            self._guard(self.stack.step_aside, module, compiled)
 
-    def _step_back(self) -> None:
-        """It has been called. It may have called one of ours, after which the mode is on the stack already."""
-        if self._asides and self._asides.pop():
-            self._set(True)
+    def _end_aside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_compiling() and self._here():
+            self._guard(self.stack.step_back)
 
     def _looks_inside(self) -> bool:
         """True if calls inside this forward are of interest: while the mode is on the stack, each one costs more."""
@@ -468,21 +412,11 @@ class Recorder:
     def _here(self) -> bool:
         return self.active and not self.mode.inside and self._thread in (None, threading.get_ident())
 
-    def _set(self, on: bool) -> None:
-        if self._window is not None:
-            self._window.remove()
-            self._window = None
-        if on != self.mode.on_stack():
-            if on:
-                self.mode.enter()
-            else:
-                self.mode.leave()
-
     def _rearm(self) -> None:
         """After a step: off the stack until the next training forward, if there are forwards we see."""
         if self.forwards == 0 and self.rows <= 2:
             self._look_for_entries()
-        self._set(False)
+        self.stack.set(False)
         self.forwards = 0
         self.blind = False
         self._depth = 0
@@ -500,7 +434,7 @@ class Recorder:
 
     def _backward_begins(self, args: Any, kwargs: Any, result: Any) -> None:
         """A backward pass is about to run: after an unscaling it belongs to a new attempt at an update."""
-        if self.evaluating:
+        if self.stack.looking:
             return
         begin = time.perf_counter()
         self._called_inside |= self.inside_forward
@@ -525,7 +459,7 @@ class Recorder:
         evaluates = isinstance(site, EvaluationSite)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            if (self.evaluating and not evaluates) or (not always and not site.due(site.inside_every)):
+            if (self.stack.looking and not evaluates) or (not always and not site.due(site.inside_every)):
                 return
             begin = time.perf_counter()
             self._called_inside |= always and not evaluates and self._depth > 0
@@ -560,7 +494,7 @@ class Recorder:
         if name == "recorder":
             self.active = False
             if not self.mode.inside:
-                self._set(False)
+                self.stack.set(False)
         said = f"{name} is no longer recorded from step {self.step} on: {type(error).__name__}: {error}"
         self.flusher.warn(said)
         with contextlib.suppress(MonitorWarning):  # a user who turns warnings into errors still finds it in the run
@@ -597,10 +531,7 @@ class Recorder:
         _LIVE.discard(self)
         if os.getpid() != self._pid:
             return
-        self._set(False)
-        compiling = self._compiling() if self._compiling is not None else None
-        if compiling is not None:
-            stop_hearing(compiling)
+        self.stack.end()
         with quiet():
             self._guard(self._finish)
         self._guard(self._release)
@@ -625,31 +556,7 @@ class Recorder:
     def forked(self) -> None:
         """In a forked child: record nothing, leave no mode behind."""
         self.active = False
-        self._set(False)
-
-
-class _Stays:
-    """A hook for which one stands that does nothing where it could not be kept out of a copy (`HiddenHooks`).
-
-    What stands there is of the standard library, so that a saved model loads where there is no monitor.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-# two functions, not one with a variable number of arguments, which Dynamo would compile twice
-class _Before(_Stays):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recorder._before_forward(module, args, kwargs)
-
-
-class _After(_Stays):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._recorder._after_forward(module, args, kwargs, output)
+        self.stack.set(False)
 
 
 _IN_FORWARD = {"loss", "logit_norm", "loss_zero_frac"}
@@ -662,24 +569,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-class _Aside(_Stays):
-    def __init__(self, recorder: Recorder, compiled: bool) -> None:
-        super().__init__(recorder)
-        self._compiled = compiled
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder = self._recorder
-        if not torch.compiler.is_compiling() and recorder._here():
-            recorder._guard(recorder._step_aside, module, self._compiled)
-
-
-class _Back(_Stays):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        recorder = self._recorder
-        if not torch.compiler.is_compiling() and recorder._here():
-            recorder._guard(recorder._step_back)
 
 
 def _both(first: Watcher | None, second: Watcher) -> Watcher:

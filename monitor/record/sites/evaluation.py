@@ -82,7 +82,7 @@ class EvaluationSite(Site):
         return {func: partial(self._called, func) for func in _LOSSES}
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if self.rec.rows >= START or self.rec.evaluating:
+        if self.rec.rows >= START or self.rec.stack.looking:
             return
         given = args[0] if args else kwargs.get("tensors")
         for loss in [given] if isinstance(given, Tensor) else list(given or ()):
@@ -118,7 +118,8 @@ class EvaluationSite(Site):
             self._add("loss", loss, 1.0)
             return
         self._vain += 1
-        if self._vain <= _VAIN and self.rec.watch_until_a_module_is_called():
+        # before the first step a model that has been tried may yet be compiled
+        if self._vain <= _VAIN and self.rec.rows > 0 and self.rec.stack.look():
             self._given = _places(tree_leaves(output))
 
     def _marks(self, given: Iterable[Any]) -> list[float]:
