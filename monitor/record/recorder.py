@@ -51,6 +51,7 @@ from monitor.record.sites.loss import LossSite
 from monitor.record.sites.norm import NormSite
 from monitor.record.sites.parameter import ParameterSite
 from monitor.record.sites.probe import ProbeSite
+from monitor.record.sites.reuse import ReuseSite
 from monitor.record.sites.router import RouterSite
 from monitor.record.sites.state import StateSite
 from monitor.record.sites.stream import StreamSite
@@ -67,6 +68,7 @@ _SITES: tuple[type[Site], ...] = (
     LogitsSite,
     FusedLossSite,
     GradientSite,
+    ReuseSite,
     ParameterSite,
     EmbeddingSite,
     AdamStateSite,
@@ -162,7 +164,7 @@ class Recorder:
             for func, watcher in site.after().items():
                 after[func] = _both(after.get(func), self._guarded(site, watcher, always))
         self.mode = StepMode(before, after)
-        self.stack = Stack(self.mode, self._here, self._guard)
+        self.stack = Stack(self.mode, self._entries, self._here, self._guard)
         self._inside = [site for site in self.sites if site.inside_every > 1]
         for model in models:
             self.adopt(model)
@@ -364,7 +366,10 @@ class Recorder:
                 with quiet():
                     self._at("on_output", module, args, kwargs, output)
             # what trains is watched until its optimizer has stepped; an evaluation leaves things as they were
-            self.stack.set(torch.is_grad_enabled() or self._was_on)
+            if torch.is_grad_enabled() or self._was_on:
+                self.stack.wait()
+            else:
+                self.stack.set(False)
             if self._was_on and not torch.is_grad_enabled():
                 self.training = self._trained
             if not module.training and not torch.is_grad_enabled():
@@ -384,7 +389,7 @@ class Recorder:
 
     def _end_aside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.compiler.is_compiling() and self._here():
-            self._guard(self.stack.step_back)
+            self._guard(self.stack.step_back, module)
 
     def _looks_inside(self) -> bool:
         """True if calls inside this forward are of interest: while the mode is on the stack, each one costs more."""
@@ -416,7 +421,7 @@ class Recorder:
         """After a step: off the stack until the next training forward, if there are forwards we see."""
         if self.forwards == 0 and self.rows <= 2:
             self._look_for_entries()
-        self.stack.set(False)
+        self.stack.rest()
         self.forwards = 0
         self.blind = False
         self._depth = 0

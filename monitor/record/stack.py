@@ -6,12 +6,16 @@ apart here: modules beside the ones that are recorded, and whatever follows an e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+)
 
 from monitor.record.mode import StepMode
 from monitor.record.private import before_compiling, compiles, stop_hearing
@@ -22,15 +26,21 @@ class Stack:
 
     Args:
         mode: what is put there.
+        entries: ids of the modules whose calls are told elsewhere.
         here: tells whether the calling thread is the one that trains, and no function that is watched runs.
         guard: calls a function; what it raises is the recording's problem, not the training's.
     """
 
-    def __init__(self, mode: StepMode, here: Callable[[], bool], guard: Callable[..., None]) -> None:
-        self._mode, self._here, self._guard = mode, here, guard
-        self._asides: list[bool] = []  # whether the mode was taken off for each call of a bystander under way
-        self._window: Any = None  # the hook of all modules that ends a look
-        self._compiling: Any = None  # gives what ends it too, before something is compiled
+    def __init__(
+        self, mode: StepMode, entries: Container[int], here: Callable[[], bool], guard: Callable[..., None]
+    ) -> None:
+        self._mode, self._entries, self._here, self._guard = mode, entries, here, guard
+        #: Calls of other modules under way: whose, and whether the mode was taken off for it.
+        self._asides: list[tuple[int, bool]] = []
+        self._heard: list[Any] = []  # hooks of all modules
+        self._compiling: Any = None  # gives what is told before something is compiled
+        #: True from `look` on: what is called is no part of a step.
+        self.looking = False
 
     @property
     def on(self) -> bool:
@@ -39,67 +49,128 @@ class Stack:
 
     def set(self, on: bool) -> None:
         """Put the mode there, or take it away; a look is over."""
-        if self._window is not None:
-            self._window.remove()
-            self._window = None
+        self.looking = False
+        if not self._asides:  # or the end of that call would not be heard of
+            self._unhear()
+        self._put(on)
+
+    def rest(self) -> None:
+        """Take the mode away until somebody wants it."""
+        self._asides.clear()
+        self.set(False)
+
+    def end(self) -> None:
+        """Take the mode away for good."""
+        self.rest()
+        compiling = self._compiling() if self._compiling is not None else None
+        if compiling is not None:
+            stop_hearing(compiling)
+
+    def _put(self, on: bool) -> None:
         if on != self.on:
             if on:
                 self._mode.enter()
             else:
                 self._mode.leave()
 
-    def end(self) -> None:
-        """Take the mode away for good."""
-        self.set(False)
-        compiling = self._compiling() if self._compiling is not None else None
-        if compiling is not None:
-            stop_hearing(compiling)
+    # ---- between the training forward and the step
 
-    # ---- modules beside the ones that are recorded
+    def wait(self) -> None:
+        """Put the mode there for what follows a training forward; other modules that are called do not meet it."""
+        self.set(True)
+        if not self._asides:
+            self._hear(self._begins, self._ends)
 
-    def step_aside(self, module: nn.Module, compiled: bool) -> None:
-        """A bystander is called: no mode for it if it evaluates, or is ``compiled``."""
+    def step_aside(self, module: nn.Module, compiled: bool = False) -> None:
+        """Another module is called: no mode for it if it evaluates, or is ``compiled``."""
         evaluates = not (module.training and torch.is_grad_enabled())
-        self._asides.append(self.on and (evaluates or compiled))
-        if self._asides[-1]:
-            self.set(False)
+        off = self.on and (evaluates or compiled)
+        self._asides.append((id(module), off))
+        if off:
+            self._put(False)
 
-    def step_back(self) -> None:
+    def step_back(self, module: nn.Module) -> None:
         """It has been called. It may have called one of ours, after which the mode is there already."""
-        if self._asides and self._asides.pop():
-            self.set(True)
+        if self._asides and self._asides[-1][0] == id(module) and self._asides.pop()[1]:
+            self._put(True)
+
+    def _begins(self, module: nn.Module, args: Any) -> None:
+        if self._other(module):
+            self._guard(self.step_aside, module)
+
+    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._other(module):
+            self._guard(self.step_back, module)
+
+    def _other(self, module: nn.Module) -> bool:
+        """True if a call of ``module``, which is not told elsewhere, may meet the mode."""
+        return (
+            not torch.compiler.is_compiling()
+            and _has_parts(module)
+            and id(module) not in self._entries
+            and self._here()
+        )
 
     # ---- what follows an evaluation
 
     def look(self) -> bool:
         """Watch what is called now, up to the next call of any module that has parts; False if it cannot be done.
 
-        So no layer meets the mode that would leave its fast path for it. Never where something is to be compiled.
+        So no layer meets the mode that would leave its fast path for it.
         """
-        if self.on or compiles():
+        if self.on or not self._hear(self._called):
+            return False
+        self._put(True)
+        self.looking = True
+        return True
+
+    def _called(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and _has_parts(module):
+            self._end_look()
+
+    def _end_look(self) -> None:
+        if self._here() and self.on:  # it is not while a function it has been told of calls a module
+            self.set(False)
+
+    # ---- all modules
+
+    def _hear(self, begins: Callable[..., None], ends: Callable[..., None] | None = None) -> bool:
+        """Be told of the calls of all modules; False if it cannot be done: never where something may be compiled."""
+        if compiles():
             return False
         if self._compiling is None or self._compiling() is None:  # a reset of Dynamo forgets it
             self._compiling = before_compiling(self._compiles)
         if self._compiling is None:
             return False
-        self.set(True)
-        self._window = register_module_forward_pre_hook(self._module_called)
+        self._unhear()
+        self._heard = [
+            register_module_forward_pre_hook(begins),
+            register_module_module_registration_hook(self._registered),
+        ]
+        if ends is not None:
+            self._heard.append(register_module_forward_hook(ends, always_call=True))
         return True
 
-    @property
-    def looking(self) -> bool:
-        """True from `look` on: what is called is no part of a step."""
-        return self._window is not None
+    def _unhear(self) -> None:
+        for hook in self._heard:
+            hook.remove()
+        self._heard.clear()
 
-    def _module_called(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and (module._parameters or module._modules):
-            self._end_look()
+    def _registered(self, module: nn.Module, name: str, part: Any) -> None:
+        """`torch.compile` makes a module, whose call warns of a hook on all modules."""
+        if name == "_orig_mod":
+            self._compiles()
 
     def _compiles(self) -> None:
-        """Something is to be compiled or exported: neither the mode nor a hook of all modules may be met there."""
+        """Something is to be compiled or exported: no hook of all modules may be met there, nor the mode of a look.
+
+        That of a step may, as it will be at the next: what is compiled without it would be compiled again.
+        """
         if self.looking:
             self._guard(self._end_look)
+        else:
+            self._unhear()
 
-    def _end_look(self) -> None:
-        if self._here() and self.on:  # it is not while a function it has been told of calls a module
-            self.set(False)
+
+def _has_parts(module: nn.Module) -> bool:
+    return bool(module._parameters or module._modules)
