@@ -27,8 +27,9 @@ _convolve_back = _aten.convolution_backward.default
 def twice_differentiable_kernels() -> AbstractContextManager[Any]:
     """Compute convolutions and batch normalisations in here so that their second derivative is cheap.
 
-    Only reverse-mode differentiation works on what is computed in here. Tensors elsewhere than on a CPU, arguments of
-    an unusual form, and what is computed under functorch or checkpointing are left to torch.
+    Only reverse-mode differentiation works on what is computed in here. Tensors elsewhere than on a CPU or of several
+    dtypes, arguments of an unusual form, and what is computed under autocast, functorch or checkpointing are left to
+    torch.
 
     Cost: a Hessian product of a small residual network takes .77 times the CPU time it takes outside.
     """
@@ -45,11 +46,15 @@ class _Kernels(TorchFunctionMode):
         return func(*args, **kwargs) if found is None else found
 
 
-def _plain(*tensors: Any) -> bool:
+def _plain(*given: Any) -> bool:
     # functorch needs more rules for such functions; a checkpoint computes them once more, outside, and compares
     if _C._are_functorch_transforms_active() or _C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return False
-    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors if t is not None)
+    if torch.is_autocast_enabled("cpu"):  # it chooses the precision for the functions of torch
+        return False
+    tensors = [t for t in given if t is not None]
+    known = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return known and len({t.dtype for t in tensors}) == 1
 
 
 def _conv2d(

@@ -26,18 +26,16 @@ CURVATURE = (
     "sharpness", "preconditioned_sharpness", "edge_of_stability", "hessian_eigenvalue", "spectral_density",
     "opposing_signals",
 )  # fmt: skip
-#: Of what its entropy could be, a head below the first looks at hardly more than one key, above the second at all alike
-#: (the latter as in `uniform_attention`).
-SHARP, UNIFORM = 0.1, 0.99
+# From where on something is worth a word; where no source is named it is our own choice, and nothing is judged by it.
+#: Of what its entropy could be, a head below this looks at hardly more than one key.
+SHARP = 0.1
 #: Attention of the first key from which on it is a sink.
 SINK = 0.5
-#: Attention logit that healthy small transformers stay below (`attention_entropy_collapse`).
-LOGIT = 50.0
 #: Part of its even share that an idle expert does not get, and of the experts that a narrow router does not use.
 IDLE, NARROW = 0.1, 0.5
 #: Share of the assignments whose loss is worth a word (arXiv 2101.03961 sec. 2.2: usual below it).
 DROPPED = 0.01
-#: Ratio to the edge of stability that is at the edge, and growth of the sharpness that is worth a word.
+#: Ratio to the edge of stability that is at the edge (as in `opposing_groups`), and growth of the sharpness.
 EDGE, GROWN = 0.9, 2.0
 
 
@@ -87,9 +85,11 @@ def _way(p: Phases | None) -> str:
 
 
 def _attention(run: Run) -> Iterator[str]:
+    rules = load_rules()
+    uniform = rules["uniform_attention"].values["entropy"]
     for ref, beyond, words in (
         ("attn_entropy.normalised", lambda x: x < SHARP, "look at hardly more than one key"),
-        ("attn_entropy.normalised", lambda x: x > UNIFORM, "look at all keys alike"),
+        ("attn_entropy.normalised", lambda x: x > uniform, "look at all keys alike"),
         ("attn_sink_mass.mass", lambda x: x > SINK, "give the first key more than half"),
     ):
         heads = run.summary(ref)
@@ -98,7 +98,7 @@ def _attention(run: Run) -> Iterator[str]:
             yield f"{several:,} of {len(heads):,} heads {words}"
     bounds = run.summary("attn_logit_max.lse_max") or run.summary("attn_logit_max.found")
     largest = max(bounds, key=lambda s: -math.inf if math.isnan(s.last) else s.last, default=None)
-    if largest is not None and largest.last > LOGIT:
+    if largest is not None and largest.last > rules["attention_entropy_collapse"].values["logit"]:
         yield f"logits up to {number(largest.last)} ({largest.module})"
 
 

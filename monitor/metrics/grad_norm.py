@@ -56,7 +56,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition",
-    cost="shared by all metrics of gradients: one read of every gradient, another at a third of the steps",
+    cost="shared by all metrics of gradients: on a CPU one read of every gradient",
     plot=Plot("norm", log=True, kind="heatmap"),
     oracle=oracle,
     reads="gradient",

@@ -68,7 +68,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2501.04697, section 4.2",
-    cost="every 10 steps one read of gradients and of the copied parameters",
+    cost="beyond update_ratio, every 10 steps one read of the gradients",
     plot=Plot("cos", kind="heatmap"),
     oracle=oracle,
     reads="alignment",

@@ -50,7 +50,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2501.06842",
-    cost="two reads of gradient and second moment, of large parameters at every fourth step",
+    cost="beyond grad_norm one read of the second moment, of large parameters at every fourth step",
     plot=Plot("count", kind="heatmap"),
     oracle=oracle,
     reads="gradient",

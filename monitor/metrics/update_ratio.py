@@ -57,7 +57,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition",
-    cost="one extra copy of the parameters; three reads and two writes of each",
+    cost="one extra copy of the parameters; every 10 steps one read of it and of them, and one write of it",
     plot=Plot("ratio", log=True, kind="heatmap"),
     oracle=oracle,
     reads="update",

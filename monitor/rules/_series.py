@@ -156,21 +156,24 @@ def spikes(x: Array, usable: Mask, start: int, p: Mapping[str, float], floor: fl
     return found
 
 
-def raised(window: Window, steps: Steps) -> Array:
+def raised(window: Window, steps: Steps, mask: Mask) -> Array:
     """How many times larger a learning rate of the last `RECENT` steps was than any of the `PAST` before them.
 
     Args:
         window: with ``learning_rate.lr`` and as many points of lookback as both together.
         steps: ``(step,)`` int64.
+        mask: ``(step, module)``, where it is asked.
 
     Returns:
-        Of the group where it was most, ``(step, 1)``; NaN below 2, and where there is nothing to compare with.
+        Of the group where it was most, ``(step, module)``; NaN below 2, where there is nothing to compare with, and in
+        rows in which nobody asks.
     """
     block = window["learning_rate.lr"]
     (name,) = block.names
     rates = np.where(block.has(name), block[name], np.nan)
-    found = np.full((len(steps), 1), np.nan)
-    for i, end in enumerate(np.searchsorted(block.steps, steps, side="right")):
+    found = np.full(mask.shape, np.nan)
+    for i in np.flatnonzero(mask.any(axis=1)):
+        end = int(np.searchsorted(block.steps, steps[i], side="right"))
         middle = max(end - RECENT, 0)
         past, recent = rates[max(middle - PAST, 0) : middle], rates[middle:end]
         if len(past) and len(recent) and rates.shape[1]:

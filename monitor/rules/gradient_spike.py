@@ -56,9 +56,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         share = (exactly(window["grad_norm.max_abs"], steps, modules)[0] / clipping / norm) ** 2
         elements &= share >= p["energy"]
         evidence |= {"median": np.exp(found.median), "z": found.z, "element": element, "element_energy": share}
-        times, rows = np.full(norm.shape, np.nan), (found.mask | elements).any(axis=1)
-        times[rows] = raised(window, steps[rows])
-        evidence["learning_rate_factor"] = times
+        evidence["learning_rate_factor"] = raised(window, steps, found.mask | elements)
         evidence["clipped_to"] = np.where(clipping < 1, clipping * norm, np.nan)
     yield Hits(
         steps,

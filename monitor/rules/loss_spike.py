@@ -49,9 +49,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         mask &= np.where(classifies, excess >= p["nats"], np.isfinite(found.z))
     evidence = {"loss": loss[start:], "median": found.median}
     if mask.any():
-        evidence["learning_rate_factor"] = np.full(mask.shape, np.nan)
-        rows = mask.any(axis=1)
-        evidence["learning_rate_factor"][rows] = raised(window, block.steps[start:][rows])
+        evidence["learning_rate_factor"] = raised(window, block.steps[start:], mask)
     yield Hits(block.steps[start:], block.modules, mask, found.known, found.z, p["sigmas"], evidence)
 
 

@@ -42,7 +42,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     if len(steps) >= looks:
         # of several optimizers each has rows of its own, so that of the last rows not all need be this parameter's
         window_of = np.lib.stride_tricks.sliding_window_view
-        moved = window_of(has & (block[CHANGE] != 0), looks, axis=0).any(axis=2)
+        moved = window_of(has & ~(block[CHANGE] <= p["change"]), looks, axis=0).any(axis=2)
         seen = window_of(has, looks, axis=0).sum(axis=2) >= looks / 2
         apart = steps[looks - 1 :] - steps[: len(steps) - looks + 1] >= p["steps"]
         mask[looks - 1 :] = has[looks - 1 :] & ~moved & seen & apart[:, None]

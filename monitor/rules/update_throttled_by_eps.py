@@ -38,9 +38,8 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     """Looks at which too many parameters are throttled."""
     block = window["eps_ratio.ratio"]
     value, has = block["eps_ratio.ratio"], block.has("eps_ratio.ratio")
-    has = (
-        has & ~np.isnan(value) & ~_noise(*exactly(window["eps_ratio.grad_rms"], block.steps, block.modules), p["noise"])
-    )
+    size, sized = exactly(window["eps_ratio.grad_rms"], block.steps, block.modules)
+    has = has & ~np.isnan(value) & ~_noise(size, sized, p["noise"])
     count = has.sum(axis=1)
     share, heavy = (
         np.where(count > 0, (has & (value > limit)).sum(axis=1) / np.maximum(count, 1), np.nan)[:, None]
@@ -57,10 +56,11 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
 def _noise(size: Array, has: Mask, part: float) -> Mask:
     """Parameters whose gradients are less than a ``part`` of the median parameter's, ``(step, module)``."""
     known = has & (size > 0)
-    found, rows = np.zeros_like(known), known.any(axis=1)
-    typical = np.nanmedian(np.where(known, size, np.nan)[rows], axis=1, keepdims=True)
-    found[rows] = known[rows] & (size[rows] < part * typical)
-    return found
+    if not known.any():
+        return known
+    ranked = np.sort(np.where(known, size, np.inf), axis=1)
+    median = np.take_along_axis(ranked, (known.sum(axis=1, keepdims=True) - 1) // 2, axis=1)
+    return known & (size < part * median)
 
 
 RULE = Rule(

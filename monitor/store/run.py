@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from monitor.diagnosis.finding import Finding, Incident, Verdict
 
 _SHOWN = 5  # names in an error
+#: Recorded with every step, and not in a row of what was evaluated or logged after the last one.
+_TIMED = "step_time.monitor_seconds"
 
 
 class _Tail(NamedTuple):
@@ -144,7 +146,7 @@ class Run:
         rows = sum(p.steps for p in (*self._files, *self._tails))
         if self.info["status"] == "running" and self.attempts == 1:  # there is none yet
             return rows
-        timed = sum(s.n for s in self.summary("step_time.monitor_seconds"))
+        timed = sum(s.n for s in self.summary(_TIMED))
         return timed if timed > 0 and rows - self.attempts <= timed <= rows else rows
 
     @property
@@ -156,6 +158,15 @@ class Run:
     def last_step(self) -> int | None:
         """The last recorded step of the last attempt that recorded any."""
         return max(((p.attempt, p.last) for p in (*self._files, *self._tails)), default=(0, None))[1]
+
+    @property
+    def next_step(self) -> int:
+        """The step that another attempt begins with: a row of what was logged after the last one has its number."""
+        last = self.last_step
+        if last is None:
+            return 0
+        timed = self.block(_TIMED, first=last - 1).steps if self.modules(_TIMED) else ()
+        return last if last - 1 in timed and last not in timed else last + 1
 
     @property
     def warnings(self) -> list[str]:

@@ -408,12 +408,5 @@ def _resumed(folder: Path, start_step: int | None) -> tuple[dict[str, Any], int]
             attempt["status"] = "died"
     info |= {"status": "running", "ended": None, "process": this_process()}
     if start_step is None:
-        start_step = 0 if run.last_step is None else run.last_step + _is_step(run, run.last_step)
+        start_step = run.next_step
     return info, start_step
-
-
-def _is_step(run: Run, last: int) -> bool:
-    """False if the last row is of what was evaluated or logged after the last step: it has the number of the next."""
-    ref = "step_time.monitor_seconds"
-    timed = run.block(ref, first=last - 1).steps if run.modules(ref) else ()
-    return last in timed or last - 1 not in timed

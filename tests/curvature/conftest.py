@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -40,14 +40,6 @@ class Problem:
             return self.loss_fn(functional_call(self.model, rest | {k: v.view_as(p) for (k, p), v in pieces}, (x,)), y)
 
         return torch.func.hessian(loss)(torch.cat([p.reshape(-1) for p in named.values()]))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

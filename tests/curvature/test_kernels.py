@@ -42,7 +42,7 @@ def test_convolutions_have_the_same_derivatives(options: dict[str, Any]) -> None
     torch.manual_seed(0)
     given: Any = {"in_channels": 4, "out_channels": 6, "kernel_size": 3} | options
     layer = nn.Conv2d(**given).double()
-    x = torch.randn(3, 4, 7, 6, dtype=torch.float64)
+    x = torch.randn(3, 4, 6, 7, dtype=torch.float64).mT  # not contiguous
     expected = derivatives(layer, x)
     with twice_differentiable_kernels():
         found = derivatives(layer, x)
@@ -64,6 +64,37 @@ def test_batch_norms_have_the_same_derivatives(kind: type[nn.Module], affine: bo
         found = derivatives(layer, x, train)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+class Mixed(nn.Module):
+    """A convolution of what autocast has rounded, or of 16 bits with a batch norm of 32."""
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self.autocast, narrow = autocast, None if autocast else torch.bfloat16
+        self.first = nn.Linear(6, 6, dtype=narrow)
+        self.second, self.norm = nn.Conv2d(4, 4, 3, dtype=narrow), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return self.norm(self.second(self.first(x if self.autocast else x.bfloat16())))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_mixed_precision_is_left_to_torch(autocast: bool) -> None:
+    """Oracle: invariance. The same bits and dtypes as outside: which precision is used where is torch's to say."""
+    torch.manual_seed(0)
+    layer, x = Mixed(autocast), torch.randn(3, 4, 7, 6)
+    expected = derivatives(layer, x)
+    with twice_differentiable_kernels():
+        found = derivatives(layer, x)
+    assert expected[0].dtype == torch.bfloat16
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    if autocast:
+        assert all(map(torch.equal, found, expected))
+    else:  # the convolution is ours
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
 
 
 class Convolutional(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import monitor
@@ -13,6 +12,7 @@ from monitor.block import ColumnBlock
 from monitor.diagnosis.remarks import remarks
 from monitor.store.run import Run, open_run
 from monitor.store.writer import RunWriter
+from tests.rules.series import column
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
 NAN = float("nan")
@@ -24,13 +24,21 @@ def told(run: Run) -> dict[str, str]:
 
 def made(folder: Path, last: Mapping[str, Mapping[str, float]], first: float = 1.0) -> Run:
     """A run of three steps: ``first`` twice, then the last values, as ``metric.column`` -> module -> value."""
+    return written(
+        folder,
+        [column(ref, [[first] * len(m), [first] * len(m), list(m.values())], tuple(m)) for ref, m in last.items()],
+    )
+
+
+def logged(folder: Path, **series: Sequence[float]) -> Run:
+    """A run whose script logged these series, from step 0 on."""
+    return written(folder, [column("logged.value", list(zip(*series.values(), strict=True)), tuple(series))])
+
+
+def written(folder: Path, columns: Sequence[ColumnBlock]) -> Run:
     writer = RunWriter.create(folder / "run", script="train.py")
-    steps = np.arange(3, dtype=np.int64)
-    for ref, modules in last.items():
-        metric, column = ref.split(".")
-        values = np.array([[first] * len(modules), [first] * len(modules), list(modules.values())])
-        has = np.ones(values.shape, dtype=np.bool_)
-        writer.append([ColumnBlock(metric, column, steps, tuple(modules), values, has)])
+    for c in columns:
+        writer.append([c])
     writer.close("finished")
     return open_run(writer.path)
 
@@ -66,26 +74,16 @@ def test_phases_of_recorded_runs() -> None:
 
 def test_a_creep_is_no_grokking(tmp_path: Path) -> None:
     """Oracle: closed form. Held-out data at 0.95 when the training data are learned, at 0.99 forty times as late."""
-    writer = RunWriter.create(tmp_path / "run", script="train.py")
-    steps = np.arange(50, dtype=np.int64)
-    train, held = np.where(steps >= 1, 1.0, 0.1), np.where(steps >= 40, 0.99, 0.95)
-    values = np.stack([train, held], axis=1)
-    names = ("train_acc", "val_acc")
-    writer.append([ColumnBlock("logged", "value", steps, names, values, np.ones(values.shape, dtype=np.bool_))])
-    writer.close("finished")
+    run = logged(tmp_path, train_acc=[0.1] + [1.0] * 49, val_acc=[0.95] * 40 + [0.99] * 10)
     expected = "training data learned at step 1, held-out data at step 40: delay ratio 40 (never far behind)"
-    assert told(open_run(writer.path)) == {"phases": expected}
+    assert told(run) == {"phases": expected}
 
 
 def test_losses_that_are_higher(tmp_path: Path) -> None:
     """Oracle: closed form. A training loss of a hundredth, a held-out loss that stays where it was."""
-    writer = RunWriter.create(tmp_path / "run", script="train.py")
-    steps, values = np.arange(5, dtype=np.int64), np.array([[1.0, 1.0], *[[0.005, 1.0]] * 4])
-    names = ("train_loss", "val_loss")
-    writer.append([ColumnBlock("logged", "value", steps, names, values, np.ones(values.shape, dtype=np.bool_))])
-    writer.close("finished")
+    run = logged(tmp_path, train_loss=[1.0] + [0.005] * 4, val_loss=[1.0] * 5)
     expected = "training data learned at step 1, held-out data not as well: at the end loss 0.995 higher"
-    assert told(open_run(writer.path)) == {"phases": expected}
+    assert told(run) == {"phases": expected}
 
 
 def test_attention(tmp_path: Path) -> None:
