@@ -25,6 +25,12 @@ def run(
     curvature: Annotated[
         bool, typer.Option("--curvature", help="Measure the loss's curvature too, in at most 5 % of the time.")
     ] = False,
+    every: Annotated[
+        int,
+        typer.Option(
+            "--every", metavar="STEPS", min=1, help="Look at gradients, logits and attention only every so many steps."
+        ),
+    ] = 1,
 ) -> None:
     """Run a training script unmodified and record it.
 
@@ -38,4 +44,4 @@ def run(
         raise typer.Exit(USAGE)
     from monitor.record.launcher import run_script
 
-    raise typer.Exit(run_script(script, args or [], run_dir, curvature))
+    raise typer.Exit(run_script(script, args or [], run_dir, curvature, every))

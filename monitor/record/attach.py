@@ -10,7 +10,6 @@ import re
 import sys
 import time
 import types
-import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,10 +40,9 @@ _NO_STEP = "no step of a torch optimizer was seen (parameters changed by hand ar
 class Handle:
     """A recording under way. It may be dropped; it ends with `close`, a ``with`` block or the process."""
 
-    def __init__(self, recorder: Recorder | None, flusher: Flusher | None, roots: Sequence[nn.Module]) -> None:
+    def __init__(self, recorder: Recorder | None, flusher: Flusher | None) -> None:
         self._recorder = recorder
         self._flusher = flusher
-        self._roots = [weakref.ref(r) for r in roots]
         self._notes: list[tuple[int, str]] = []
         self._account = Account(recorder, flusher) if recorder and flusher else None
 
@@ -113,13 +111,14 @@ class Handle:
         complete = flusher.close(status, error)
         if not say:
             return
+        folder = _short(flusher.writer.path)
         if recorder.rows == 0:
-            to_stderr(f"{_NO_STEP}; {_short(flusher.writer.path)} is empty")
+            to_stderr(f"{_NO_STEP}; {folder} is empty")
             return
         if not complete:
-            to_stderr(f"the disk is too slow to finish now; nothing is lost, {flusher.writer.path} keeps the tail")
+            to_stderr(f"the disk is too slow to finish now; nothing is lost, {folder} keeps the tail")
         with contextlib.suppress(Exception):  # a verdict that cannot be printed must not end a program badly
-            lines = summary_lines(open_run(flusher.writer.path), _short(flusher.writer.path))
+            lines = summary_lines(open_run(flusher.writer.path), folder)
             sys.stderr.write("\n".join(["", *lines, ""]))
             sys.stderr.flush()
 
@@ -144,6 +143,7 @@ def attach(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     resume: bool = False,
     start_step: int | None = None,
+    every: int = 1,
     curvature: Literal["auto"] | Curvature | None = None,
     probes: Probe | Iterable[Probe] = (),
 ) -> Handle:
@@ -163,6 +163,8 @@ def attach(
         resume: append to the run in ``run_dir`` as a new attempt.
         start_step: with ``resume``, number of the first step, for a training that goes back to an older checkpoint;
             default: the one after the last recorded.
+        every: look at gradients, inputs, logits, attention and routers only at each so many steps, after the first ten;
+            the loss, and what costs little, is recorded at every step all the same.
         curvature: "auto" also measures the curvature of the training loss now and then, in at most 5 % of the time; a
             `monitor.Curvature` says more exactly what and when.
         probes: further measurements of `monitor.probes`.
@@ -194,6 +196,8 @@ def attach(
         raise UsageError("attach(start_step=…) needs resume=True: a new run begins at step 0")
     if resume and run_dir is None:
         raise UsageError("attach(resume=True) needs run_dir=: the run to go on with")
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise UsageError(f"attach() received every={every!r}; expected a number of steps, 1 or more")
     asked = _probes(curvature, probes)
     for handle in set(_OPEN.values()):
         if handle._recorder is not None and handle._recorder.orphaned():
@@ -203,7 +207,9 @@ def attach(
     if held is not None:
         to_stderr(f"the model was being recorded into {_short(held.path)}; that recording ends here")
         held._close("detached", None, say=False)
-    return begin([model], run_dir, optimizers=optimizers, probes=asked, resume=resume, start_step=start_step)
+    return begin(
+        [model], run_dir, optimizers=optimizers, probes=asked, resume=resume, start_step=start_step, every=every
+    )
 
 
 def begin(
@@ -214,18 +220,19 @@ def begin(
     probes: Sequence[Probe] = (),
     resume: bool = False,
     start_step: int | None = None,
+    every: int = 1,
     follow_all: bool = False,
 ) -> Handle:
     """Start a recording, in the first of several processes; arguments are those of `attach`, checked."""
     if _rank() != 0:
-        return Handle(None, None, [unwrap(m) for m in models])
+        return Handle(None, None)
     script = _script()
     folder = Path(run_dir) if run_dir is not None else _default_folder(script)
     try:
         writer = RunWriter.create(folder, script=script, resume=resume, start_step=start_step)
     except OSError as e:  # a full or read-only disk is no reason not to train
         to_stderr(f"cannot write {_short(folder)} ({e.strerror or e}); training goes on unrecorded")
-        return Handle(None, None, [unwrap(m) for m in models])
+        return Handle(None, None)
     try:
         flusher = Flusher(writer, to_stderr)
         with quiet():
@@ -236,18 +243,19 @@ def begin(
                 probes=probes,
                 follow_all=follow_all,
                 start_step=writer.start_step,
+                every=every,
             )
     except Exception as e:  # an error of ours, or in a metric of the user's, is no reason not to train either
         to_stderr(f"cannot record: {type(e).__name__}: {e}; training goes on unrecorded")
         writer.close("failed", str(e))
-        return Handle(None, None, [unwrap(m) for m in models])
+        return Handle(None, None)
     flusher.missing = lambda: recorder.missing() if recorder.rows else [("loss", _NO_STEP)]
-    roots = [unwrap(m) for m in models]
-    handle = Handle(recorder, flusher, roots)
+    handle = Handle(recorder, flusher)
     if handle._account is not None:
         flusher.overhead = handle._account.report
     argv = [_relative(sys.argv[0]), *sys.argv[1:]] if sys.argv else []
     writer.update(versions=versions(), columns=_columns(), facts={"argv": argv})
+    roots = [unwrap(m) for m in models]
     for root in roots:
         _OPEN[id(root)] = handle
     with quiet():

@@ -44,7 +44,8 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
     if not kind.__name__.startswith("_") or not {"site-packages", "dist-packages"} & set(Path(file).parts):
         return None
     held = set(map(id, model.parameters()))
-    return next((c for c in model.children() if held and held == set(map(id, c.parameters()))), None)
+    same = (child for child in model.children() if held == set(map(id, child.parameters())))
+    return next(same, None) if held else None
 
 
 def compiled_regions(model: nn.Module) -> list[str]:

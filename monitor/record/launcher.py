@@ -27,6 +27,7 @@ from monitor.record.flush import to_stderr
 from monitor.record.followed import find_models, find_whole
 from monitor.record.private import transformed
 from monitor.record.probe import Probe
+from monitor.record.recorder import Recorder
 
 
 class _Finder:
@@ -35,9 +36,10 @@ class _Finder:
     A script that trains one model after another, each with an optimizer of its own, gives a run for each.
     """
 
-    def __init__(self, run_dir: Path | None, probes: Sequence[Probe]) -> None:
+    def __init__(self, run_dir: Path | None, probes: Sequence[Probe], every: int) -> None:
         self._run_dir = run_dir
         self._probes = probes
+        self._every = every
         self._handle: Handle | None = None
         self._begun = False  # by us, not by the script
         self._tried: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -55,6 +57,11 @@ class _Finder:
         """True once something is being recorded."""
         return self._handle is not None
 
+    @property
+    def _recorder(self) -> Recorder | None:
+        """What records, if it was begun here and goes on."""
+        return self._handle._recorder if self._begun and self._handle is not None else None
+
     def _guard(self, what: Callable[..., None], *args: Any) -> None:
         """An error of ours is said once, and no more is looked for."""
         if self._failed:
@@ -67,12 +74,10 @@ class _Finder:
 
     def _called(self, module: nn.Module, args: Any) -> None:
         """The outermost module of the first call that can be trained. Runs before any compiled region is entered."""
-        if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled() or not module.training:
-            return
-        if any(p.requires_grad for p in module.parameters()):
+        if _trains(module) and any(p.requires_grad for p in module.parameters()):
             self._begin([module])
-            if self._begun and self._handle is not None and self._handle._recorder is not None:
-                self._handle._recorder.forward_under_way(module, args)
+            if self._recorder is not None:
+                self._recorder.forward_under_way(module, args)
 
     def _registered(self, module: nn.Module, name: str, part: nn.Module | None) -> None:
         """`torch.compile` makes a module: from now on a hook on all calls would be compiled too, and warned of."""
@@ -83,10 +88,12 @@ class _Finder:
 
     def _entered(self, module: nn.Module, args: Any) -> None:
         """A compiled module is called, of which it may be a part that is of interest."""
+        if not _trains(module):
+            return
         whole = find_whole(module)
         if whole is module:
             self._called(module, args)
-        elif torch.is_grad_enabled() and module.training:
+        else:
             self._begin([whole])
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -100,7 +107,7 @@ class _Finder:
 
     def _over(self, optimizer: Optimizer) -> bool:
         """True if what is recorded trains no longer, and ``optimizer`` trains something else, as with a new seed."""
-        recorder = self._handle._recorder if self._handle is not None and self._begun else None
+        recorder = self._recorder
         if recorder is None or not recorder.rows:
             return False
         mine = {id(p) for root in recorder.roots for p in root.parameters()}
@@ -119,8 +126,8 @@ class _Finder:
         if self._handle is not None:
             self._handle.close()
         self._begin(models)
-        if self._begun and self._handle is not None and self._handle._recorder is not None:
-            self._handle._recorder._before_step(optimizer, args, kwargs)
+        if self._recorder is not None:
+            self._recorder._before_step(optimizer, args, kwargs)
 
     def _begin(self, models: list[nn.Module]) -> None:
         self._stop_looking()
@@ -128,7 +135,7 @@ class _Finder:
         if not self._begun:  # the script attaches by itself
             self._handle = next(iter(_OPEN.values()))
             return
-        self._handle = begin(models, self._run_dir, probes=self._probes, follow_all=True)
+        self._handle = begin(models, self._run_dir, probes=self._probes, every=self._every, follow_all=True)
 
     def _stop_looking(self) -> None:
         """No module is waited for any more."""
@@ -142,7 +149,12 @@ class _Finder:
         self._steps.remove()
 
 
-def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool = False) -> int:
+def _trains(module: nn.Module) -> bool:
+    """True if the call of ``module`` that begins is one of a training, and is no part of something compiled."""
+    return not torch.compiler.is_compiling() and not transformed() and torch.is_grad_enabled() and module.training
+
+
+def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool = False, every: int = 1) -> int:
     """Run ``script`` as ``python script argv…`` would, recording what it trains.
 
     The model is the outermost module of the first training call; models of further optimizers are found from their
@@ -153,11 +165,12 @@ def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: b
         argv: its arguments.
         run_dir: folder to write; default ``runs/<script>-<time>``.
         curvature: measure the curvature of the training loss too, as `monitor.attach` does with "auto".
+        every: steps between two at which gradients and the like are looked at, as in `monitor.attach`.
 
     Returns:
         The exit status the script would have had by itself.
     """
-    finder = _Finder(run_dir, [Curvature()] if curvature else [])
+    finder = _Finder(run_dir, [Curvature()] if curvature else [], every)
     sys.argv = [str(script), *argv]
     sys.path[0] = str(script.resolve().parent)
     # as Python does it: absolute, so that a script that changes folder still finds itself, and links not followed

@@ -40,6 +40,8 @@ from monitor.record.site import START, Site
 from monitor.record.sites.activation import ActivationSite
 from monitor.record.sites.adam_state import AdamStateSite
 from monitor.record.sites.attention import AttentionSite
+from monitor.record.sites.batch_norm import BatchNormSite
+from monitor.record.sites.binary_loss import BinaryLossSite
 from monitor.record.sites.embedding import EmbeddingSite
 from monitor.record.sites.evaluation import EvaluationSite
 from monitor.record.sites.fused_loss import FusedLossSite
@@ -62,11 +64,13 @@ _SITES: tuple[type[Site], ...] = (
     ActivationSite,
     StreamSite,
     NormSite,
+    BatchNormSite,
     AttentionSite,
     RouterSite,
     LossSite,
     LogitsSite,
     FusedLossSite,
+    BinaryLossSite,
     GradientSite,
     ReuseSite,
     ParameterSite,
@@ -89,6 +93,7 @@ class Recorder:
         probes: what is measured beyond the ordinary step.
         follow_all: also follow optimizers that train other models, and look for those (used by ``monitor run``).
         start_step: number of the first row.
+        every: steps between two at which the dense sites look.
     """
 
     def __init__(
@@ -100,10 +105,11 @@ class Recorder:
         probes: Sequence[Probe] = (),
         follow_all: bool = False,
         start_step: int = 0,
+        every: int = 1,
     ) -> None:
         self.flusher = flusher
         self.random = random.Random(0)
-        self.step = start_step
+        self.step, self.every = start_step, every
         self.epoch = 0  # counts attempts at an update: a loss of a skipped one belongs to no row
         self.inverse_scale: Tensor | None = None
         self.in_step = False
@@ -124,6 +130,7 @@ class Recorder:
         self._entries: dict[int, bool] = {}
         self._prefixes: dict[int, str] = {}
         self._row: list[int] = []
+        self._ended: set[int] = set()  # optimizers whose last step is over
         self._expected: frozenset[int] = frozenset()
         self._unscaled_since_backward = False
         self._depth = 0
@@ -154,6 +161,8 @@ class Recorder:
                 "on_row",
             )
         }
+        self._on_others = {moment: [s for s in sites if not s.dense] for moment, sites in self._on.items()}
+        self._left_out = self._leaves_out()  # this step, by the dense sites
         before: dict[Any, Watcher] = {torch.Tensor.backward: self._backward_begins}
         before[torch.autograd.backward] = self._backward_begins
         after: dict[Any, Watcher] = {}
@@ -261,10 +270,14 @@ class Recorder:
         self._at("on_row")
         self._open_row.close(self.step)
         self.step += 1
+        self._left_out = self._leaves_out()
         self.rows += 1
         self.stepped = 0
         self._expected = frozenset(self._row)
         self._row.clear()
+
+    def _leaves_out(self) -> bool:
+        return self.step >= START and self.step % self.every != 0
 
     def _follow_device(self) -> None:
         """The model may have been moved since the last step, or made on no device at all and filled later."""
@@ -284,6 +297,7 @@ class Recorder:
         if not self.followed.follows(optimizer, self.step):
             return
         self.in_step = True
+        self._ended.discard(id(optimizer))
         # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode; a closure runs
         # forward and backward in there
         if not closure and self._here():
@@ -305,6 +319,9 @@ class Recorder:
         if not self.followed.follows(optimizer, self.step):
             return
         self.in_step = False
+        if id(optimizer) in self._ended:  # torch tells of a step and of that of the parent class it has called
+            return
+        self._ended.add(id(optimizer))
         self._thread = threading.get_ident()
         with quiet():
             if self.forwards == 0:
@@ -464,7 +481,9 @@ class Recorder:
         evaluates = isinstance(site, EvaluationSite)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            if (self.stack.looking and not evaluates) or (not always and not site.due(site.inside_every)):
+            if (self.stack.looking and not evaluates) or (site.dense and self._left_out):
+                return
+            if not always and not site.due(site.inside_every):
                 return
             begin = time.perf_counter()
             self._called_inside |= always and not evaluates and self._depth > 0
@@ -483,7 +502,7 @@ class Recorder:
         self.spent += time.perf_counter() - begin
 
     def _at(self, moment: str, *args: Any) -> None:
-        for site in self._on[moment]:
+        for site in (self._on_others if self._left_out else self._on)[moment]:
             self._tell(site, getattr(site, moment), *args)
 
     def _tell(self, site: Site, what: Callable[..., None], *args: Any) -> None:
@@ -512,6 +531,9 @@ class Recorder:
         if self._missing is not None:
             return self._missing
         found = [m for site in self.sites for m in site.missing()]
+        if self.every > 1:
+            why = f"looked at every {self.every} steps, as asked; so are inputs, logits, attention and routers"
+            found.append(("grad_norm", why))
         if self.followed.sharded:
             found.append(("grad_norm", "the parameters are sharded: norms are those of this process alone"))
         regions = [name or "the model" for r in self.roots for name in compiled_regions(r)]
@@ -550,7 +572,7 @@ class Recorder:
         """Let go of the model: a handle or a mode of another thread that outlives the recording must not keep it."""
         self._missing = self.missing()
         self.followed.roots, self.sites = [], []
-        self._on = {moment: [] for moment in self._on}
+        self._on = self._on_others = {moment: [] for moment in self._on}
         self.mode.before.clear()
         self.mode.after.clear()
 

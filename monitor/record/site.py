@@ -28,14 +28,16 @@ class Site:
     #: Steps between two at which its functions matter when they are called inside a root module's forward. Of a site
     #: with 1 it is not known beforehand: once one of them has been called in there, every forward is watched.
     inside_every = 1
+    #: True if it looks at every step at what a step costs most to look at: told of nothing at steps that are left out.
+    dense = False
 
     def __init__(self, recorder: Recorder) -> None:
         self.rec = recorder
 
-    def due(self, every: int, step: int | None = None) -> bool:
-        """True if something measured every so many steps is measured now (or at ``step``); at first it always is."""
+    def due(self, every: int, step: int | None = None, first: int = START) -> bool:
+        """True if something measured every so many steps is due now (or at ``step``); up to ``first`` it always is."""
         step = self.rec.step if step is None else step
-        return step < START or step % every == 0
+        return step < first or step % (-(-every // self.rec.every) * self.rec.every) == 0
 
     def before(self) -> dict[Any, Watcher]:
         """Functions to watch before they run."""

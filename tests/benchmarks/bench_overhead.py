@@ -1,6 +1,6 @@
-"""What recording costs at the default cadences: two equal models stepped in turn, one recorded, the order swapped.
+"""What recording costs: two equal models stepped in turn, one recorded, the order swapped.
 
-    python tests/benchmarks/bench_overhead.py [cnn] [gpt] [moe] [--pairs N]
+    python tests/benchmarks/bench_overhead.py [cnn] [gpt] [moe] [--pairs N] [--every N]
 
 Per pair the CPU time of the whole process (training thread and writer thread) of the recorded step over that of the
 plain one; the median over pairs is quoted, with its quartiles, from step `WARM` on. It says little of what is measured
@@ -160,7 +160,7 @@ class Training:
         return time.process_time() - begin, loss.item()
 
 
-def compare(name: str, pairs: int, record: bool) -> str:
+def compare(name: str, pairs: int, every: int, record: bool) -> str:
     """One row: ratio, quartiles, what the run says of itself, floor."""
     build, default = WORKLOADS[name]
     plain, watched = Training(build), Training(build)
@@ -168,19 +168,20 @@ def compare(name: str, pairs: int, record: bool) -> str:
     pair_of: list[tuple[float, float]] = []
     same = True
     with tempfile.TemporaryDirectory() as folder:
-        handle = monitor.attach(watched.model, Path(folder) / "run", probes=probes()) if record else None
+        where = Path(folder) / "run"
+        handle = monitor.attach(watched.model, where, every=every, probes=probes()) if record else None
         for i in range(WARM + pairs):
             first, second = (plain, watched) if i % 2 else (watched, plain)
             a, b = first.timed(), second.timed()
             p, w = (a, b) if i % 2 else (b, a)
             pair_of.append((p[0], w[0]))
             same &= w[1] == p[1]
-        every, mean = (sum(w for _, w in some) / sum(p for p, _ in some) - 1 for some in (pair_of, pair_of[WARM:]))
-        said = f"mean {100 * mean:+.2f} %  all {100 * every:+.2f} %  "
+        whole, mean = (sum(w for _, w in some) / sum(p for p, _ in some) - 1 for some in (pair_of, pair_of[WARM:]))
+        said = f"mean {100 * mean:+.2f} %  all {100 * whole:+.2f} %  "
         if handle is not None:
             handle.close()
             # the run compares its cost with the time that remains without it, here that of two models
-            own = 2 * monitor.open(Path(folder) / "run").info["overhead"]["fraction"]
+            own = 2 * monitor.open(where).info["overhead"]["fraction"]
             burst = statistics.median(w / p for p, w in pair_of[1:START]) - 1  # the first step makes what the rest uses
             said += f"own {100 * own:+.2f} %  first {START} {100 * burst:+.1f} %  "
     ratios, base = [w / p for p, w in pair_of[WARM:]], [p for p, _ in pair_of[WARM:]]
@@ -218,14 +219,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", default=list(WORKLOADS), metavar="name", help=", ".join(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="as of monitor.attach")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}, default cadences")
+    print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}, every {a.every} steps")
     stderr = sys.stderr
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     for name in a.names:
-        print(compare(name, a.pairs, record=False), flush=True)
-        print(compare(name, a.pairs, record=True), flush=True)
+        print(compare(name, a.pairs, a.every, record=False), flush=True)
+        print(compare(name, a.pairs, a.every, record=True), flush=True)
     sys.stderr = stderr
 
 

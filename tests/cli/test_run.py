@@ -11,7 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from .conftest import Shell
 
-Call = tuple[Path, list[str], Path | None, bool]
+Call = tuple[Path, list[str], Path | None, bool, int]
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """What the launcher was called with; it answers 7."""
     seen: list[Call] = []
 
-    def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool) -> int:
-        seen.append((script, argv, run_dir, curvature))
+    def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool, every: int) -> int:
+        seen.append((script, argv, run_dir, curvature, every))
         return 7
 
     monkeypatch.setitem(sys.modules, "monitor.record.launcher", SimpleNamespace(run_script=run_script))
@@ -47,12 +47,13 @@ def script(tmp_path: Path) -> Path:
 )
 def test_all_after_the_script_is_the_scripts(calls: list[Call], shell: Shell, script: Path, args: list[str]) -> None:
     assert shell("run", script, *args).exit_code == 7
-    assert calls == [(script, args, None, False)]
+    assert calls == [(script, args, None, False, 1)]
 
 
 def test_options_before_the_script_are_ours(calls: list[Call], shell: Shell, script: Path, tmp_path: Path) -> None:
-    assert shell("run", "--curvature", "--run-dir", tmp_path / "here", script, "--run-dir", "there").exit_code == 7
-    assert calls == [(script, ["--run-dir", "there"], tmp_path / "here", True)]
+    ours = ["--curvature", "--every", "10", "--run-dir", tmp_path / "here"]
+    assert shell("run", *ours, script, "--run-dir", "there").exit_code == 7
+    assert calls == [(script, ["--run-dir", "there"], tmp_path / "here", True, 10)]
 
 
 def test_a_script_that_is_not_there_is_one_line(calls: list[Call], shell: Shell, tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_a_script_that_is_not_there_is_one_line(calls: list[Call], shell: Shell,
 def test_no_script_is_usage(calls: list[Call], shell: Shell) -> None:
     assert shell("run").exit_code == 2
     assert shell("run", "--unknown", "x.py").exit_code == 2
+    assert shell("run", "--every", "0", "x.py").exit_code == 2
 
 
 def test_the_real_launcher_keeps_arguments_and_exit_code(script: Path) -> None:

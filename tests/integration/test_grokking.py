@@ -6,7 +6,6 @@ Slow; the recorded runs of the same scripts in sample_runs are checked by defaul
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,14 +22,6 @@ from monitor.rule import load_rules
 from monitor.store.run import Run
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def script(name: str) -> ModuleType:

@@ -247,7 +247,7 @@ def test_trainings_after_one_another_are_runs_of_their_own(tmp_path: Path) -> No
 @pytest.fixture
 def finder(tmp_path: Path) -> Iterator[_Finder]:
     """What ``monitor run`` looks for a model with."""
-    found = _Finder(tmp_path / "out", [])
+    found = _Finder(tmp_path / "out", [], 1)
     yield found
     found.stop()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 import monitor
 from tests.record.trainings import Digest, batches, seed
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 
 class Backend:
     """Counts the graphs it is given."""
@@ -27,13 +29,6 @@ class Backend:
     def __call__(self, graph: Any, example: Any) -> Any:
         self.graphs += 1
         return aot_eager(graph, example)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Net(nn.Module):

@@ -12,16 +12,8 @@ from torch.nn import functional as F
 
 import monitor
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 STEPS = 23
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
 
 
 class Encoder(nn.Module):
@@ -55,6 +47,49 @@ def taught() -> Callable[[], Tensor]:
         with torch.no_grad():
             wanted = teacher(x)
         return F.mse_loss(given, wanted)
+
+    return training(model, loss)
+
+
+def taught_late() -> Callable[[], Tensor]:
+    """A teacher that is made after some steps."""
+    model, teachers = Encoder(), []
+
+    def loss(x: Tensor) -> Tensor:
+        given = model(x)
+        if len(teachers) < 12:
+            teachers.append(Encoder().eval())
+        with torch.no_grad():
+            wanted = teachers[-1](x)
+        return F.mse_loss(given, wanted)
+
+    return training(model, loss)
+
+
+def taught_by_a_layer() -> Callable[[], Tensor]:
+    """A teacher that leaves its fast path for a hook as well."""
+    model, teacher = Encoder(), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+
+    def loss(x: Tensor) -> Tensor:
+        given = model(x)
+        with torch.no_grad():
+            wanted = teacher(x)
+        return F.mse_loss(given, wanted[:, 0, :3])
+
+    return training(model, loss)
+
+
+def taught_by_itself() -> Callable[[], Tensor]:
+    """A part of the model is called in evaluation, while the mode waits for the step."""
+    model = Encoder()
+
+    def loss(x: Tensor) -> Tensor:
+        given = model(x)
+        model.encoder.eval()
+        with torch.no_grad():
+            wanted = model.encoder(x)
+        model.encoder.train()
+        return F.mse_loss(given, wanted[:, 0, :3])
 
     return training(model, loss)
 
@@ -93,7 +128,7 @@ def training(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[],
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:The .grad attribute")
-@pytest.mark.parametrize("made", [frozen, taught, compiled])
+@pytest.mark.parametrize("made", [frozen, taught, taught_late, taught_by_a_layer, taught_by_itself, compiled])
 def test_it_trains_to_the_same_bits(made: Callable[[], Callable[[], Tensor]], tmp_path: Path) -> None:
     """Oracle: invariance. Losses and parameters, at all the cadences, and no region is compiled twice."""
 

@@ -20,14 +20,8 @@ from monitor.record import private
 from monitor.record.sites.evaluation import LOOKED
 from tests.record import trainings
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 EVERY, STEPS = 5, 12
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> None:
-    """Where anything is to be compiled, nothing is watched in an evaluation."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 def train(
@@ -118,12 +112,21 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "nll": (F.nll_loss, CLASSES),
     "soft": (F.cross_entropy, F.one_hot(CLASSES, 5).float()),
     "mse": (F.mse_loss, torch.randn(22, 5, generator=torch.Generator().manual_seed(3))),
+    "huber": (F.huber_loss, torch.randn(22, 5, generator=torch.Generator().manual_seed(3))),
+    "smooth": (F.smooth_l1_loss, torch.randn(22, 5, generator=torch.Generator().manual_seed(3))),
     "binary": (F.binary_cross_entropy_with_logits, F.one_hot(CLASSES, 5).float()),
+    "probabilities": (F.binary_cross_entropy, F.one_hot(CLASSES, 5).float()),
+    "legacy": (lambda z, y: F.cross_entropy(z, y, size_average=False) / 8, CLASSES),
+    "weighted": (lambda z, y: F.cross_entropy(z, y, torch.arange(1.0, 6), reduction="sum") / 8, CLASSES),
     "smoothed": (lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1), CLASSES),
     "composed": (lambda z, y: F.cross_entropy(z, y) + 0.1 * z.square().mean(), CLASSES),
 }
 
 
+LAST = {"nll": nn.LogSoftmax(1), "probabilities": nn.Sigmoid()}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses_that_the_script_makes(kind: str, tmp_path: Path) -> None:
     """Oracle: closed form. Means over all targets, of batches of different size; no part of a loss made of several."""
@@ -133,19 +136,39 @@ def test_losses_that_the_script_makes(kind: str, tmp_path: Path) -> None:
 
     def evaluate() -> tuple[float, float]:
         z = model(OTHERS)
-        whole = float(loss(z.clone(), y)) * (8 / len(y) if kind == "sum" else 1)
+        whole = float(loss(z.clone(), y)) * (8 / len(y) if kind in ("sum", "legacy") else 1)
         valid = y != -100
         for at in range(0, len(y), 8):
             loss(model(OTHERS[at : at + 8]), y[at : at + 8])
         return whole, float((z.argmax(1) == y)[valid].float().mean()) if y.dim() == 1 else 0.0
 
-    if kind == "nll":
-        model.append(nn.LogSoftmax(1))
+    if kind in LAST:
+        model.append(LAST[kind])
     seen, run = train(model, lambda step: loss(model(INPUTS), y), evaluate, tmp_path / "run")
-    alone = kind not in ("soft", "smoothed", "composed")
+    alone = kind not in ("soft", "smoothed", "composed", "weighted")
     assert found(run, "eval_loss") == pytest.approx({at: x for at, (x, _) in seen.items()} if alone else {}, rel=1e-6)
     classes = y.dim() == 1
     assert found(run, "eval_acc") == pytest.approx({at: x for at, (_, x) in seen.items()} if classes else {}, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (11, 2)])
+def test_logits_of_other_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Oracle: closed form. One sample without a dimension for it, and classes that come before positions."""
+    trainings.seed()
+    model = nn.Linear(12, 5)
+    y = CLASSES[0] if not shape else CLASSES.view(shape)
+
+    def logits(x: Tensor) -> Tensor:
+        return model(x[0]) if not shape else model(x).view(*shape, 5).movedim(2, 1)
+
+    def evaluate() -> tuple[float, float]:
+        z = logits(OTHERS)
+        classes = z.argmax(-1 if not shape else 1)
+        return float(F.cross_entropy(z, y)), float((classes == y).float().mean())
+
+    seen, run = train(model, lambda s: F.cross_entropy(logits(INPUTS), y), evaluate, tmp_path / "run")
+    for i, name in enumerate(("eval_loss", "eval_acc")):
+        assert found(run, name) == pytest.approx({at: x[i] for at, x in seen.items()}, rel=1e-6)
 
 
 def test_language_model(tmp_path: Path) -> None:

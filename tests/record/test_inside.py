@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
@@ -14,13 +13,8 @@ from torch.overrides import _get_current_function_mode_stack
 import monitor
 from monitor.record.site import START
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 STEPS = 23
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> None:
-    """Where anything has been compiled, every forward is watched."""
-    torch._dynamo.utils.counters.clear()
 
 
 class Model(nn.Module):

@@ -327,9 +327,9 @@ def test_more_modules_than_are_looked_at(tmp_path: Path) -> None:
     assert "3 others" in said[0]
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_compiled_model_gets_no_hook(tmp_path: Path) -> None:
     """Oracle: planted fault. With one compiled block nothing is hooked, and the run says why."""
-    torch._dynamo.reset()
     model = Net(Residual)
     model.blocks[0].compile(backend="eager")
     with warnings.catch_warnings():

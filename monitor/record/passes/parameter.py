@@ -131,7 +131,7 @@ def on_device(
     """`ParameterReader.read` as it is done on an accelerator."""
     given = [(g, held) for g, held in zip(grads, before, strict=True) if g is not None]
     aligned = alignment.alignment_stats(*zip(*given, strict=True)) if given else None  # before the copies change
-    changed = torch.stack([v.float() for v in update.update_stats(before, now)]).view(-1, 2)
+    changed = update.update_stats(before, now)
     if start is None:
         return changed, aligned, None
     moved = [

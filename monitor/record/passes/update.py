@@ -12,15 +12,15 @@ from monitor.record.passes.dtype import sum_dtype
 STATS = ("update_norm", "param_norm")
 
 
-def update_stats(before: Sequence[Tensor], now: Sequence[Tensor]) -> list[Tensor]:
-    """Norm of the change and norm of the tensor, for each, on an accelerator; `parameter.ParameterReader` on a CPU.
+def update_stats(before: Sequence[Tensor], now: Sequence[Tensor]) -> Tensor:
+    """The statistics `STATS` of each parameter on an accelerator; `parameter.ParameterReader` has those on a CPU.
 
     Args:
         before: the parameters as they were; overwritten by the negative change.
         now: the parameters, of one dtype; read only.
 
     Returns:
-        0-d tensors, two for each parameter in turn: norm of ``now - before``, norm of ``now``.
+        ``(parameter, 2)`` float32 or float64: norm of ``now - before``, norm of ``now``.
 
     Cost: per element four reads and a write; no allocation of tensor size, no host sync.
     Source: definition.
@@ -30,4 +30,4 @@ def update_stats(before: Sequence[Tensor], now: Sequence[Tensor]) -> list[Tensor
     torch._foreach_sub_(olds, news)
     changes = torch._foreach_norm(olds, 2, dtype=dtype)
     norms = torch._foreach_norm(news, 2, dtype=dtype)
-    return [value for pair in zip(changes, norms, strict=True) for value in pair]
+    return torch.stack((torch.stack(changes), torch.stack(norms)), dim=1)

@@ -87,6 +87,7 @@ class AttentionSite(Site):
     """
 
     name = "attention"
+    dense = True
     inside_every = BOUND_EVERY
 
     def __init__(self, recorder: Any) -> None:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from monitor.record.mode import Watcher
 from monitor.record.site import START, Site
+from monitor.record.sites._backward import losses
 from monitor.record.sites.logged import LoggedSite
 
 #: Loss functions, and the beginning of the name of the node that each leaves in the autograd graph.
@@ -41,7 +42,7 @@ _SIGNATURES = {func: inspect.signature(func) for func in _LOSSES}
 _CLASSIFIES = (F.cross_entropy, F.nll_loss)
 #: Nodes that leave of a loss what it is: a mean of it, a factor, another precision.
 _SCALES = ("MulBackward0", "DivBackward0", "MeanBackward0", "SumBackward0", "ToCopyBackward0", "ViewBackward0")
-#: Logits of a batch that are looked at for its accuracy; of more, evenly spaced rows.
+#: Logits of a batch that are looked at for its accuracy; of more, evenly spaced rows, unless classes precede positions.
 LOOKED = 1 << 19
 #: Rows of a batch, and values of a row, that tell data that were trained on again; how many rows are remembered.
 ROWS, VALUES, REMEMBERED = 256, 64, 1 << 16
@@ -84,8 +85,7 @@ class EvaluationSite(Site):
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if self.rec.rows >= START or self.rec.stack.looking:
             return
-        given = args[0] if args else kwargs.get("tensors")
-        for loss in [given] if isinstance(given, Tensor) else list(given or ()):
+        for loss in losses(args, kwargs):
             nodes = _scaled(loss)
             self._criteria.add(_criterion(nodes[-1]))
             self._makes_loss |= any(node is made for node in nodes for made in self._made)
@@ -94,9 +94,10 @@ class EvaluationSite(Site):
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The evaluation is over; remember what is trained on, for as long as it lives."""
         self._given.clear()
-        self._trained = [weakref.ref(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        inputs = (*args, *kwargs.values())
+        self._trained = [weakref.ref(x) for x in inputs if isinstance(x, Tensor)]
         if self.due(MARKED):
-            self._rows.update(dict.fromkeys(self._marks((*args, *kwargs.values()))))
+            self._rows.update(dict.fromkeys(self._marks(inputs)))
             for oldest in list(islice(self._rows, max(0, len(self._rows) - REMEMBERED))):
                 del self._rows[oldest]
 
@@ -107,9 +108,10 @@ class EvaluationSite(Site):
 
     def on_evaluation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Keep the loss that the model gave back, or look for one that is made of its output."""
-        if _same((*args, *kwargs.values())) & _same(ref() for ref in self._trained):
+        inputs = (*args, *kwargs.values())
+        if _same(inputs) & _same(ref() for ref in self._trained):
             return
-        marks = self._marks((*args, *kwargs.values()))
+        marks = self._marks(inputs)
         if sum(m in self._rows for m in marks) > PART * len(marks):
             return  # the training data once more, as in scripts that evaluate both
         # before the first backward anything may be what will be trained on
@@ -122,15 +124,15 @@ class EvaluationSite(Site):
         if self._vain <= _VAIN and self.rec.rows > 0 and self.rec.stack.look():
             self._given = _places(tree_leaves(output))
 
-    def _marks(self, given: Iterable[Any]) -> list[float]:
+    def _marks(self, inputs: Iterable[Any]) -> list[float]:
         """A number for each row of the tensor that tells most of them apart, the same for the same row; on a CPU alone.
 
         A mask does not: the rows of other data have the same.
         """
-        several = [_marks(x) for x in _plain(given) if x.dim() > 1 and len(x) > 1 and x.is_cpu and not x.is_complex()]
-        if len(several) > 1:
-            several.sort(key=lambda marks: len(set(marks)))
-        return several[-1] if several and self.rec.on_cpu else []
+        if not self.rec.on_cpu:
+            return []
+        rows = (x for x in _plain(inputs) if x.dim() > 1 and len(x) > 1 and x.is_cpu and not x.is_complex())
+        return max(map(_marks, rows), key=lambda marks: len(set(marks)), default=[])
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if not self._given:
@@ -219,7 +221,7 @@ def _criterion(node: Any) -> str:
 
 
 def _marks(x: Tensor) -> list[float]:
-    rows = x[:: -(-len(x) // ROWS)].reshape(-(-len(x) // -(-len(x) // ROWS)), -1)
+    rows = x[:: -(-len(x) // ROWS)].flatten(1)
     some = rows[:, :: -(-rows.shape[1] // VALUES)].double().numpy()
     return (some * _WEIGHTS[: some.shape[1]]).sum(1).tolist()
 

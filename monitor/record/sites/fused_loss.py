@@ -26,6 +26,7 @@ class FusedLossSite(LogitsSite):
     """
 
     name = "fused_loss"
+    dense = True
 
     def after(self) -> dict[Any, Watcher]:
         """Watch the function where torch has it."""

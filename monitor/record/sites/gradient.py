@@ -64,6 +64,7 @@ class GradientSite(Site):
     """Norms of all gradients and, for optimizers of Adam's kind, their spiked elements."""
 
     name = "gradient"
+    dense = True
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
@@ -91,7 +92,8 @@ class GradientSite(Site):
                 given = [_dense(g) for g in given]
                 part.reader, part.seconds = GradientReader(given), []
             history = self._history(optimizer, part, given)
-            turn, extremes = self.rec.step % GradientReader.TURNS, self.due(EVERY) or scale is not None
+            turn = self.rec.step // self.rec.every % GradientReader.TURNS
+            extremes = self.due(EVERY) or scale is not None
             values = part.reader.read(given, turn, history, extremes)
             if isinstance(scale, Tensor):
                 if isinstance(values, Tensor):

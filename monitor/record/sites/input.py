@@ -19,6 +19,7 @@ class InputSite(Site):
     """Statistics of every tensor argument of a root module's training forward."""
 
     name = "input"
+    dense = True
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)

@@ -35,6 +35,7 @@ class LogitsSite(Site):
     """
 
     name = "logits"
+    dense = True
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from monitor.record.mode import Watcher
 from monitor.record.site import Site
+from monitor.record.sites._backward import losses
 
 STATS = ("value", "micro_steps")
 
@@ -47,8 +48,7 @@ class LossSite(Site):
         return {torch.Tensor.backward: self._backward, torch.autograd.backward: self._backward}
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        given = args[0] if args else kwargs.get("tensors")
-        for loss in [given] if isinstance(given, Tensor) else list(given or ()):
+        for loss in losses(args, kwargs):
             if loss.numel() != 1:
                 self._why = "backward was called on a tensor with more than one element"
                 continue

@@ -85,7 +85,7 @@ class ParameterSite(Site):
     def _compare(self, group: _Group, now: list[Tensor]) -> None:
         """Record what the update did."""
         grads = [_gradient(p) for p in group.params]
-        changed, aligned, moved = group.reader.read(now, grads, self.rec.step % EVERY == 0)
+        changed, aligned, moved = group.reader.read(now, grads, self.due(EVERY, first=0))
         self.rec.emit_many("update", update.STATS, group.names, changed)
         if moved is not None:
             self.rec.emit_many("distance", distance.STATS, group.names, moved)

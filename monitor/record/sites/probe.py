@@ -18,6 +18,7 @@ from monitor.record.followed import Followed
 from monitor.record.mode import Watcher
 from monitor.record.probe import Moment, Probe
 from monitor.record.site import START, Site
+from monitor.record.sites._backward import losses
 from monitor.record.tape import Tape
 
 #: Memory that the first batch of a run may take to be kept as the probe set.
@@ -113,13 +114,12 @@ class ProbeSite(Site):
         tape, self._tape = self._tape, None
         if tape is None or self.rec.in_step:
             return
-        given = args[0] if args else kwargs.get("tensors")
-        losses = [given] if isinstance(given, Tensor) else list(given or ())
+        given = losses(args, kwargs)
         gradient = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
-        if len(losses) != 1 or not (gradient is None or isinstance(gradient, Tensor)):
+        if len(given) != 1 or not (gradient is None or isinstance(gradient, Tensor)):
             self._why_no_tape = "backward was called on several tensors at once"
             return
-        tape.end(losses[0], gradient, self.rec.on_cpu)
+        tape.end(given[0], gradient, self.rec.on_cpu)
         if not tape.complete:
             self._why_no_tape = "the loss does not stem from a call of the model that can be seen"
             return

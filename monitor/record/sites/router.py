@@ -109,6 +109,7 @@ class RouterSite(Site):
     """Loads, entropies and scores of every router, every `EVERY` steps."""
 
     name = "router"
+    dense = True
     inside_every = EVERY
 
     def __init__(self, recorder: Any) -> None:
