@@ -334,10 +334,8 @@ def _notes(view: View, everything: bool) -> RenderableType:
 
     add("absent", [f"{plain(what, 40)}: {plain(why)}" for what, why in view.absent])
     verdict = view.verdict
-    add(
-        "unjudged",
-        [] if not view.run.steps else [f"{r}: {plain(why.removeprefix(THIN))}" for r, why in verdict.thin.items()],
-    )
+    if view.run.steps:
+        add("unjudged", [f"{r}: {plain(why.removeprefix(THIN))}" for r, why in verdict.thin.items()])
     if everything:
         add("skipped", [f"{r}: {plain(verdict.unjudged[r].removeprefix(BESIDE))}" for r in verdict.inapplicable])
     add("warnings", [plain(w) for w in view.run.warnings])

@@ -38,6 +38,9 @@ TOGETHER = {"logit_norm": ("mean", "max")}
 #: Values held at once while a map is reduced; 8 bytes each.
 _CHUNK = 4_000_000
 
+#: A series whose values span this factor opens on a log scale.
+_WIDE = 100.0
+
 #: Reduced maps held for the views of a run to come.
 _KEPT = 16
 
@@ -166,13 +169,19 @@ class View:
         with self._lock:
             return self.run.block(ref, self.modules(ref), step - back + 1, step)
 
-    def decades(self, ref: str) -> float:
-        """How far ``ref`` ranges: its largest over its smallest positive value; 1 if there is none."""
+    def wide(self, ref: str) -> bool:
+        """Whether the positive values of ``ref`` are told apart on a logarithmic scale only."""
         with self._lock:
             found = self.run.summary(ref)
         lows = [float(s.band.min[s.band.min > 0].min()) for s in found if (s.band.min > 0).any()]
         highs = [s.max for s in found if s.max > 0]
-        return max(highs) / min(lows) if lows and highs else 1.0
+        return bool(lows and highs) and max(highs) > _WIDE * min(lows)
+
+    def last(self, ref: str) -> tuple[int, float] | None:
+        """Step and value of the last point of a column of the whole run; None if it was not recorded."""
+        with self._lock:
+            found = self.run.summary(ref)
+        return next(((s.last_step, s.last) for s in found if not s.module), None)
 
     def _line(self, ref: str, module: str, first: int, last: int, log: bool) -> Line:
         with self._lock:
@@ -231,10 +240,12 @@ def main_column(metric: Metric) -> str:
     return f"{metric.id}.{metric.plot.column}"
 
 
-def unit(metric: Metric) -> str:
-    """Unit of `main_column`; "" for a pure number, or where the name says it already."""
-    found = metric.column(metric.plot.column).unit
-    return "" if found in ("1", metric.id, metric.plot.column) else found
+def unit(ref: str) -> str:
+    """Unit of a column as it stands beside values; "" for a pure number, or where the name or the values say it."""
+    metric, _, column = ref.partition(".")
+    known = load_metrics().get(metric)
+    found = next((c.unit for c in known.columns if c.name == column), "") if known else ""
+    return "" if found in ("1", "fraction", metric, column) else found
 
 
 def columns(metric: Metric) -> Sequence[str]:

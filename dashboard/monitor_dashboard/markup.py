@@ -74,8 +74,6 @@ def incident(incident: Incident, rules: Mapping[str, Rule]) -> str:
     else:
         parts.append(_items("What to do", [_remedy(r.text, r.import_path) for r in rule.remedies]))
         parts.append(_items("What would refute it", [html(rule.refute)]))
-        if rule.experimental:
-            parts.append('<p class="mon-source">Experimental: thresholds without a source or a calibration.</p>')
     return f'<div class="mon-incident">{"".join(parts)}</div>'
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from monitor.diagnosis.report import describe
 from monitor.rule import load_rules
@@ -19,8 +19,8 @@ _PLACELESS = 0.25
 
 
 def strip(
-    view: View, refs: Sequence[str], steps: tuple[int, int], *, title: str, caption: str, unit: str = "",
-    log: bool = False, height: int = 84, only: Sequence[str] | None = None,
+    view: View, refs: Sequence[str], steps: tuple[int, int], *, title: str, caption: str, log: bool = False,
+    height: int = 84, only: Collection[str] | None = None,
 ) -> Panel | None:  # fmt: skip
     """Columns over steps, a line for each module; None if none of them was recorded.
 
@@ -30,12 +30,12 @@ def strip(
         steps: first and last step to show.
         title: name of the strip, plain text.
         caption: what it shows.
-        unit: of its values; "" if they have none.
         log: a logarithmic scale, unless many values are not above 0.
         height: pixels, if the names of the lines do not need more.
         only: modules to draw; all without.
     """
-    modules = {ref: [m for m in view.modules(ref) if only is None or m in only] for ref in refs}
+    wished = None if only is None else frozenset(only)
+    modules = {ref: [m for m in view.modules(ref) if wished is None or m in wished] for ref in refs}
     several = sum(len(found) > 1 for found in modules.values())
     wanted: dict[str, tuple[str, str]] = {}
     for ref, found in modules.items():
@@ -53,15 +53,16 @@ def strip(
     if log and odd > _PLACELESS * count and any("≤ 0" in v.odd for v in drawn.values()):
         log = False
         drawn = {name: view.line(ref, module, *steps, log) for name, (ref, module) in shown}
-    return Panel(title, caption, unit, drawn, log, height)
+    units = {data.unit(ref) for ref in refs}
+    return Panel(title, caption, units.pop() if len(units) == 1 else "", drawn, log, height)
 
 
 def of_metric(view: View, name: str, steps: tuple[int, int], *, height: int, only: str | None = None) -> Panel | None:
     """The default picture of a metric of ``view.metrics``; of one module if ``only`` is given."""
     metric = view.metrics[name]
     return strip(
-        view, data.columns(metric), steps, title=metric.id, caption=metric.title, unit=data.unit(metric),
-        log=metric.plot.log, height=height, only=None if only is None else (only,),
+        view, data.columns(metric), steps, title=metric.id, caption=metric.title, log=metric.plot.log, height=height,
+        only=None if only is None else (only,),
     )  # fmt: skip
 
 

@@ -6,9 +6,12 @@ import http.client
 import json
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from streamlit.testing.v1 import AppTest
+
+SAMPLES = Path(__file__).parents[2] / "sample_runs"
 
 
 def said(app: AppTest) -> str:

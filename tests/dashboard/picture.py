@@ -5,12 +5,8 @@ Without arguments it makes the one of the README, dashboard/dashboard.png.
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
@@ -24,23 +20,11 @@ def main(
     address: str = "",
 ) -> None:
     """Serve ``runs``, open the page at ``address`` and write what it looks like to ``file``."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{s.getsockname()[1]}"
-    app = ROOT / "dashboard" / "monitor_dashboard" / "app.py"
-    path = os.pathsep.join([str(ROOT / "dashboard"), str(ROOT)])
-    server = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", str(app), f"--server.port={url.rpartition(':')[2]}"],
-        env=os.environ | {"MONITOR_RUNS": str(Path(runs).resolve()), "PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "monitor_cli", "dashboard", runs, "--no-browser"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{url}/_stcore/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.2)
+        assert server.stdout is not None
+        url = server.stdout.readline().partition(" ")[0]  # said once it answers
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1440, "height": 900})

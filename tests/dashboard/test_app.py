@@ -16,10 +16,9 @@ import monitor_dashboard
 from monitor_dashboard import data, panels
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page import load_pages
-from tests.dashboard.kit import charts, said
+from tests.dashboard.kit import SAMPLES, charts, said
 
 APP = Path(monitor_dashboard.__file__).parent / "app.py"
-SAMPLES = Path(__file__).parents[2] / "sample_runs"
 EVIL = "blocks.<img src=http://192.0.2.1/x>.:material/home:"
 
 
@@ -149,6 +148,13 @@ def test_hostile_names_are_shown_as_text(scripted, show, tmp_path: Path) -> None
     assert ":material/home:" not in "".join(e.label for e in app.expander)
     for figure in app.get("plotly_chart"):
         assert "<img" not in figure.proto.spec
+
+
+def test_thresholds_without_calibration_are_told_once(show) -> None:
+    """Oracle: golden. The collapse of attention is decided by a rule that is experimental."""
+    app = show(SAMPLES / "attention_growth")
+    first = next(h.body for h in app.html if 'class="mon-incident"' in h.body)
+    assert first.lower().count("experimental") == 1
 
 
 def test_hostile_facts_are_shown_or_left_out(scripted, show, tmp_path: Path) -> None:

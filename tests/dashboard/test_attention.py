@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,9 +17,8 @@ from monitor_dashboard.keys import Key
 from monitor_dashboard.page.attention import latest
 from monitor_dashboard.sampling import INF, MISSING, NAN, VALUE
 from monitor_dashboard.theme import LIGHT
-from tests.dashboard.kit import charts
+from tests.dashboard.kit import SAMPLES, charts
 
-SAMPLES = Path(__file__).parents[2] / "sample_runs"
 REF = "attn_logit_max.found"
 
 

@@ -20,9 +20,8 @@ from monitor_dashboard import data, figures, sampling
 from monitor_dashboard.figures import Envelope, Mark, Panel
 from monitor_dashboard.keys import Key
 from monitor_dashboard.theme import DARK, LIGHT
-from tests.dashboard.kit import charts, said
+from tests.dashboard.kit import SAMPLES, charts, said
 
-SAMPLES = Path(__file__).parents[2] / "sample_runs"
 EVIL = "r<img src=http:@192.0.2.1@x>[b]:material@home:\x1b[31m%{x}"
 
 

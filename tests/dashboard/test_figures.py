@@ -245,6 +245,7 @@ def test_map_tells_what_its_colours_mean() -> None:
          ["tokens.weight", "….norm1.weight", "….norm2.weight"]),
         (["a" * 30, "a" * 30 + "b"], 9, ["aaaa…aaaa", "aaaa…aaab"]),
         (["\x1b[31m"], 20, [r"\x1b[31m"]),
+        (["first.weight", "layers.0.router.weight"], 15, ["first.weight", "layers…weight"]),
     ],
 )  # fmt: skip
 def test_names_that_fit(whole: list[str], room: int, cut: list[str]) -> None:

@@ -15,15 +15,11 @@ from streamlit.testing.v1 import AppTest
 from torch import nn
 
 import monitor
-import monitor_dashboard
 from monitor_dashboard import figures, sampling
 from monitor_dashboard.figures import Band, Panel
 from monitor_dashboard.page import grokking
 from monitor_dashboard.theme import LIGHT
-from tests.dashboard.kit import said
-
-APP = Path(monitor_dashboard.__file__).parent / "app.py"
-SAMPLES = Path(__file__).parents[2] / "sample_runs"
+from tests.dashboard.kit import SAMPLES, charts, said
 
 
 @pytest.fixture
@@ -33,8 +29,8 @@ def show(show_page: Callable[..., AppTest]) -> Callable[..., AppTest]:
 
 
 def chart(app: AppTest) -> dict[str, Any]:
-    (found,) = app.get("plotly_chart")
-    return json.loads(found.proto.spec)
+    (found,) = charts(app)
+    return found
 
 
 def test_a_run_that_grokked(show) -> None:
@@ -96,14 +92,30 @@ def test_nothing_of_it_is_one_line(show, scripted, tmp_path: Path) -> None:
     assert not app.get("plotly_chart")
 
 
+def stretches(figure: Any) -> list[tuple[int, int]]:
+    return [(s.x0, s.x1) for s in figure.layout.shapes if s.type == "rect"]
+
+
 def test_bands_follow_one_another() -> None:
     """Oracle: closed form. Each band begins where the one before ends; a name without room is left out."""
     strip = Panel("loss", "loss", "", {"loss": sampling.line(np.array([1, 2]), np.ones(2))}, False, 90)
     bands = [Band("a", 0, 9), Band("<b>long</b>", 10, 499), Band("generalised", 500, 501), Band("end", 502, 999)]
-    figure: Any = figures.phases([strip], bands, (0, 999), LIGHT, log_steps=False)
-    drawn = [(s.x0, s.x1) for s in figure.layout.shapes if s.type == "rect"]
-    assert drawn == [(0, 10), (10, 500), (500, 502), (502, 1000)]
+    figure: Any = figures.lines([strip], [], (0, 999), LIGHT, bands=bands)
+    assert stretches(figure) == [(0, 10), (10, 500), (500, 502), (502, 1000)]
     names = [a.text for a in figure.layout.annotations]
     assert "generalised" not in names
     assert "end" in names
     assert "&lt;b&gt;long&lt;/b&gt;" in names
+    # looked at closer, on either scale: what is seen of them, named where that begins
+    closer: Any = figures.lines([strip], [], (100, 501), LIGHT, bands=bands)
+    assert stretches(closer) == [(100, 500), (500, 502)]
+    assert [a.x for a in closer.layout.annotations if "long" in a.text] == [100]
+    early: Any = figures.lines([strip], [], (0, 999), LIGHT, bands=bands, log_steps=True)
+    assert stretches(early)[0] == (1, 10)
+    assert list(early.layout.xaxis.range) == [0, np.log10(999)]
+
+
+def test_chosen_steps_are_shown(show) -> None:
+    """Oracle: invariance. The steps of the address are those of the chart."""
+    low, high = chart(show(SAMPLES / "grokking_p41", from_="1000", to="2000"))["layout"]["xaxis"]["range"]
+    assert 990 < low <= 1000 and 2000 <= high < 2010

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from monitor.block import ColumnBlock
 from monitor.store.writer import RunWriter
@@ -40,6 +41,25 @@ def test_names_and_number_of_lines(tmp_path: Path) -> None:
     one = panels.strip(view, ["nlm_cos.cos"], SPAN, title="t", caption="c", only=("layer.7",))
     assert one is not None and list(one.lines) == ["cos"]
     assert panels.strip(view, ["nlm_cos.none"], SPAN, title="t", caption="c") is None
+
+
+@pytest.mark.parametrize(
+    ("refs", "unit"),
+    [
+        (["sharpness.value"], "loss/weight²"),
+        (["logit_norm.mean", "logit_norm.max"], "nats"),
+        (["router_balance.margin", "router_balance.experts"], ""),
+        (["update_ratio.ratio"], ""),
+        (["train_accuracy.accuracy"], ""),
+        (["loss.value"], ""),
+        (["of_tomorrow.value"], ""),
+    ],
+)
+def test_unit_of_a_strip(refs: list[str], unit: str, tmp_path: Path) -> None:
+    """Oracle: definition. That of all its columns, where values do not say it themselves."""
+    view = recorded(tmp_path / "a", {ref: {"": [1.0] * 100} for ref in refs})
+    strip = panels.strip(view, refs, SPAN, title="t", caption="c")
+    assert strip is not None and strip.unit == unit
 
 
 def test_a_log_scale_that_does_not_fit_is_given_up(tmp_path: Path) -> None:

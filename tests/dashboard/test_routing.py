@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from monitor_dashboard.keys import Key
-from tests.dashboard.kit import charts
-
-SAMPLES = Path(__file__).parents[2] / "sample_runs"
+from tests.dashboard.kit import SAMPLES, charts
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -13,9 +16,8 @@ from streamlit.testing.v1 import AppTest
 import monitor
 from monitor_dashboard import data, panels
 from monitor_dashboard.keys import Key
-from tests.dashboard.kit import charts, said
+from tests.dashboard.kit import SAMPLES, charts, said
 
-SAMPLES = Path(__file__).parents[2] / "sample_runs"
 EVIL = "<img src=http://192.0.2.1/x>:material/home:\x1b[31m"
 
 
@@ -35,6 +37,7 @@ def test_every_series_can_be_reached(name: str, show: Callable[..., AppTest]) ->
     """Oracle: invariance. Each metric of the run is offered, and its picture has a strip for each of its columns."""
     run = monitor.open(SAMPLES / name)
     app = show(SAMPLES / name)
+    assert app.selectbox(key=Key.WHICH).value == "loss"
     metrics = app.selectbox(key=Key.WHICH).options
     recorded = [ref for ref in run.refs() if run.modules(ref)]
     assert set(metrics) == {ref.partition(".")[0] for ref in recorded}
@@ -83,15 +86,28 @@ def test_tables_are_shown_as_text(scripted, show: Callable[..., AppTest], tmp_pa
     """Oracle: planted faults (hostile text in a cell and in a heading, a damaged table)."""
     run = scripted(tmp_path / "a").train(30)
     run.writer.table("notes", 7, pa.table({"step": [7, 8], EVIL: [EVIL, "plain"]}))
+    run.writer.table("none", 8, pa.table({"loss": pa.array([], pa.float64())}))
     run.writer.table("notes", 9, pa.table({"step": [9]}))
     path = run.finish()
     app = show(path, table="notes at step 7")
     (table,) = app.dataframe
     assert table.value.shape == (2, 2)
     assert "\x1b" not in str(table.value.to_dict())
+    assert not show(path, table="none at step 8").dataframe[0].value.size
     damaged = next(f for f in (path / "rank0" / "tables").iterdir() if "9" in f.name)
     damaged.write_bytes(b"no table")
     assert "cannot be read" in said(show(path, table="notes at step 9"))
+
+
+def test_no_value_of_a_table_is_hidden(scripted, show: Callable[..., AppTest], tmp_path: Path) -> None:
+    """Oracle: planted faults. NaN and infinity are told from what is missing; a small number keeps its digits."""
+    run = scripted(tmp_path / "a").train(30)
+    run.writer.table("odd", 3, pa.table({"x": [math.nan, math.inf, None, -2.5e-9], "y": [-2.5e-9, None, 1.0, 2.0]}))
+    (table,) = show(run.finish(), table="odd at step 3").dataframe
+    x = table.value["x"].tolist()
+    assert [*x[:2], x[3]] == ["nan", "inf", "-2.5e-09"] and pd.isna(x[2])
+    assert table.value["y"].tolist()[0] == -2.5e-9
+    assert json.loads(table.proto.columns)["y"]["type_config"]["format"] == "%.6g"
 
 
 def test_a_run_without_steps_says_so(scripted, show: Callable[..., AppTest], tmp_path: Path) -> None:

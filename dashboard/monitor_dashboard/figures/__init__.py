@@ -10,7 +10,7 @@ from __future__ import annotations
 from monitor_dashboard.figures.curvature import Spectra, landscape, spectra
 from monitor_dashboard.figures.maps import Heads, head_map, heat_map
 from monitor_dashboard.figures.sheet import CONFIG
-from monitor_dashboard.figures.strips import Band, Envelope, Mark, Panel, Pin, lines, phases
+from monitor_dashboard.figures.strips import Band, Envelope, Mark, Panel, Pin, lines
 from monitor_dashboard.figures.sweeps import sweep
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "heat_map",
     "landscape",
     "lines",
-    "phases",
     "spectra",
     "sweep",
 ]

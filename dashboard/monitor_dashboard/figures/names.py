@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from monitor.diagnosis.text import plain
 
+#: What is left out of a name, with the dots around it.
+_GAP = re.compile(r"\.*…[.…]*")
+
 
 def short_names(names: Sequence[str]) -> list[str]:
     """``names`` without the dotted prefix that all of them share, which is replaced by "…"."""
@@ -23,7 +26,7 @@ def fitted(names: Sequence[str], room: Sequence[int]) -> list[str]:
     What is cut is the middle; or, where two would then be alike, what all names have in common.
     """
     whole = [plain(name) for name in names]
-    middle = [plain(name, width) for name, width in zip(whole, room, strict=True)]
+    middle = [_GAP.sub("…", plain(name, width)) for name, width in zip(whole, room, strict=True)]
     for cut in (middle, short_names(whole), _varying(whole)):
         if len({*cut}) == len({*whole}) and all(len(n) <= width for n, width in zip(cut, room, strict=True)):
             return cut
@@ -37,4 +40,4 @@ def _varying(names: Sequence[str]) -> list[str]:
         return [*names]
     shared = [len(set(column)) == 1 for column in zip(*parts, strict=True)]
     short = [".".join("…" if same else part for part, same in zip(p, shared, strict=True)) for p in parts]
-    return [re.sub(r"\.?…[.…]*", "…", name) for name in short]
+    return [_GAP.sub("…", name) for name in short]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -97,7 +96,10 @@ class Band:
     last: int
 
 
-def lines(panels: Sequence[Panel], pins: Sequence[Pin], window: tuple[int, int], p: Palette) -> go.Figure:
+def lines(
+    panels: Sequence[Panel], pins: Sequence[Pin], window: tuple[int, int], p: Palette, *,
+    bands: Sequence[Band] = (), log_steps: bool = False,
+) -> go.Figure:  # fmt: skip
     """Strips of lines over the same steps, one above the other, with findings pinned above them.
 
     Args:
@@ -105,17 +107,25 @@ def lines(panels: Sequence[Panel], pins: Sequence[Pin], window: tuple[int, int],
         pins: findings within the window.
         window: first and last visible step.
         p: colours.
+        bands: stretches of steps that follow one another, named behind the lines.
+        log_steps: logarithmic steps, which show what happened early; step 0 has no place there.
     """
     gap, strip = 16, 22 if pins else 0
     heights = [_height(panel) for panel in panels]
     inner = strip + sum(heights) + gap * (len(panels) - 1)
-    sheet = Sheet(window, inner, 6, p)
+    if log_steps:
+        window = max(1, window[0]), max(1, window[1])
+    sheet = Sheet(window, inner, 6 + (22 if bands else 0), p)
     edge = float(inner - strip)
     for i, (panel, height) in enumerate(zip(panels, heights, strict=True), start=1):
         _panel(sheet, panel, "y" if i == 1 else f"y{i}", ((edge - height) / inner, edge / inner), height)
         edge -= height + gap
     if pins:
         _pins(sheet, pins, 1 - strip / inner)
+    _bands(sheet, bands, window, log_steps)
+    if log_steps:
+        first, last = window
+        sheet.xaxis |= {"type": "log", "range": [math.log10(first), math.log10(max(last, first + 1))]}
     sheet.xaxis |= {
         "anchor": "y" if len(panels) == 1 else f"y{len(panels)}", "spikemode": "across", "spikethickness": 1,
         "spikedash": "solid", "spikecolor": p.faded,
@@ -273,46 +283,29 @@ def _pins(sheet: Sheet, pins: Sequence[Pin], bottom: float) -> None:
             )  # fmt: skip
 
 
-def phases(
-    panels: Sequence[Panel], bands: Sequence[Band], window: tuple[int, int], p: Palette, *, log_steps: bool
-) -> go.Figure:
-    """Strips of lines as in `lines`, with named stretches of steps behind all of them.
+def _bands(sheet: Sheet, bands: Sequence[Band], window: tuple[int, int], log_steps: bool) -> None:
+    """Stretches of steps behind all lines; a name for which there is no room is left out."""
+    p, (first, last) = sheet.p, window
+    over = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    edge = {"type": "line", "line": {"color": p.faded, "width": 1, "dash": "dot"}}
 
-    Args:
-        panels: at least one, from the top.
-        bands: stretches that follow one another.
-        window: first and last step.
-        p: colours.
-        log_steps: logarithmic steps, which show what happened early; step 0 has no place there.
-    """
-    figure: Any = lines(panels, [], window, p)
-    first, last = (max(1, step) for step in window)
-    room = 22 if bands else 0
-    figure.layout.margin.t += room
-    figure.layout.height += room
-    figure.layout.dragmode = False
-    if log_steps:
-        figure.layout.xaxis.type = "log"
-        figure.layout.xaxis.range = [math.log10(first), math.log10(max(last, first + 1))]
-    shapes, names = list(figure.layout.shapes), list(figure.layout.annotations)
-    width = (math.log10(last) - math.log10(first)) if log_steps else window[1] - window[0]
+    def place(step: int) -> float:
+        return math.log10(step) if log_steps else step
+
     for i, band in enumerate(bands):
         # each begins where the one before ended, so that no step lies between two
-        low, high = (max(x, first) if log_steps else x for x in (band.first, band.last + 1))
-        over = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
-        shapes.append(over | {
-            "type": "rect", "x0": low, "x1": high, "fillcolor": p.lines[0], "opacity": 0.05 + 0.03 * (i % 2),
-            "line": {"width": 0},
-        })  # fmt: skip
-        shapes.append(over | {
-            "type": "line", "x0": low, "x1": low, "line": {"color": p.faded, "width": 1, "dash": "dot"},
-        })  # fmt: skip
-        a, b = (math.log10(x) if log_steps else x for x in (low, high))
-        if (b - a) * 900 > 6 * len(band.name) * width:  # room for the name on a chart of 900 pixels
-            names.append({
-                "xref": "x", "yref": "paper", "x": a, "y": 1, "yshift": 18, "xanchor": "left", "yanchor": "top",
-                "text": html(band.name, 20), "showarrow": False, "borderpad": 2,
+        low, high = max(band.first, first), min(band.last, last) + 1
+        if low >= high:
+            continue
+        sheet.shapes += [
+            over | {"type": "rect", "x0": low, "x1": high, "fillcolor": p.lines[0], "opacity": 0.05 + 0.03 * (i % 2),
+                    "line": {"width": 0}},
+            over | edge | {"x0": low, "x1": low},
+        ]  # fmt: skip
+        share = (place(high) - place(low)) / (place(last + 1) - place(first))
+        if 900 * share > 6 * len(band.name):  # on a chart of 900 pixels
+            sheet.annotations.append({
+                "xref": "x", "yref": "paper", "x": place(low), "y": 1, "yshift": 18, "xanchor": "left",
+                "yanchor": "top", "text": html(band.name, 20), "showarrow": False, "borderpad": 2,
                 "font": {"size": 11, "color": p.faded},
             })  # fmt: skip
-    figure.layout.shapes, figure.layout.annotations = shapes, names
-    return figure

@@ -12,7 +12,7 @@ from monitor.diagnosis.report import describe
 from monitor.diagnosis.text import when
 from monitor.metric import Block, load_metrics
 from monitor.rule import load_rules
-from monitor_dashboard import figures, markup, panels, theme, window
+from monitor_dashboard import choose, figures, markup, panels, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.figures import Heads
 from monitor_dashboard.keys import Key
@@ -40,9 +40,7 @@ def page(view: View) -> None:
         return
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.html(markup.heading("Heads"), width="content")
-        chosen = st.selectbox(
-            Key.HEAD_METRIC, options, key=Key.HEAD_METRIC, bind="query-params", label_visibility="collapsed", width=190
-        )
+        chosen = choose.one_of(Key.HEAD_METRIC, options, options[0], 190)
         st.html(markup.heading("at step"), width="content")
         wish = st.number_input(
             Key.HEAD_STEP, min_value=0, value=None, step=1, placeholder="latest", key=Key.HEAD_STEP,
@@ -56,12 +54,8 @@ def page(view: View) -> None:
         if not known:
             st.html(markup.line(f"nothing was recorded in the {BACK} steps before"), width="content")
             return
-        named = [f.module for i in view.verdict.incidents for f in i.findings if f.site == "attention"]
-        first = next((known.index(m) for m in named if m in known), 0)
-        module = st.selectbox(
-            Key.HEAD, known, index=first, key=Key.HEAD, bind="query-params", label_visibility="collapsed", width=330,
-            format_func=markup.name,
-        )  # fmt: skip
+        named = (f.module for i in view.verdict.incidents for f in i.findings if f.module in known)
+        module = choose.one_of(Key.HEAD, known, next(named, ""), 330)
         st.html(markup.line(f"recorded at step {step:,} · click a head for its series"), width="content")
     figure, points = figures.head_map(heads, chosen, module, theme.palette(), log=log)
     st.plotly_chart(
@@ -122,11 +116,8 @@ def _series(view: View, module: str) -> None:
     strips = []
     for name, (ref, log) in SHOWN.items():
         metric, _, column = ref.partition(".")
-        told = load_metrics()[metric].column(column)
-        unit = "" if told.unit == "1" else told.unit
-        strips.append(
-            panels.strip(view, [ref], steps, title=name, caption=told.doc, unit=unit, log=log, only=(module,))
-        )
+        told = load_metrics()[metric].column(column).doc
+        strips.append(panels.strip(view, [ref], steps, title=name, caption=told, log=log, only=(module,)))
     pins = panels.pins(view, steps, module, numbered=False)
     window.chart(figures.lines([s for s in strips if s], pins, steps, theme.palette()), Key.HEAD_LINES)
 

@@ -16,7 +16,7 @@ from monitor.diagnosis.comparison import PAIRS, Comparison, Difference, Parting,
 from monitor.diagnosis.text import number
 from monitor.errors import MonitorError
 from monitor.metric import SITES, load_metrics
-from monitor_dashboard import data, figures, markup, sampling, theme, window
+from monitor_dashboard import choose, data, figures, markup, sampling, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.escape import markdown
 from monitor_dashboard.figures import Envelope, Mark, Panel
@@ -29,8 +29,6 @@ MOST, OFFERED, LOGGED = 5, 3, 2
 BESIDE = 3
 #: So many facts that differ are shown unasked.
 FEW = 10
-#: A series that spans this factor opens on a log scale.
-DECADES = 100.0
 ALONE = "A comparison needs two or more runs, and there is only this one: monitor dashboard takes a folder of runs."
 FIRST = "loss.value"
 
@@ -125,21 +123,15 @@ def _series(views: Sequence[View], found: Comparison, laid: Sequence[_Laid]) -> 
     spans = [v.span for v in views if v.run.steps]
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         steps = window.fields((min(low for low, _ in spans), max(high for _, high in spans)))
-        ref = st.selectbox(
-            Key.SERIES, refs, index=refs.index(FIRST) if FIRST in refs else 0, key=Key.SERIES, bind="query-params",
-            label_visibility="collapsed", width=250,
-        )  # fmt: skip
+        ref = choose.one_of(Key.SERIES, refs, FIRST, 250)
         shared = set().union(*(v.modules(ref) for v in views[1:]))
         modules = [m for m in first.modules(ref) if m in shared]
         module = modules[0]
         if len(modules) > 1:
-            module = st.selectbox(
-                Key.SERIES_OF, modules, key=Key.SERIES_OF, bind="query-params", label_visibility="collapsed",
-                width=250, format_func=markup.name,
-            )  # fmt: skip
+            module = choose.one_of(Key.SERIES_OF, modules, module, 250)
     metric = load_metrics()[ref.partition(".")[0]]
     column = metric.column(ref.partition(".")[2])
-    log = first.decades(ref) > DECADES or (metric.plot.log and metric.plot.column == column.name)
+    log = first.wide(ref) or (metric.plot.log and metric.plot.column == column.name)
     empty = sampling.line(np.zeros(0, np.int64), np.zeros(0), log=log)
     drawn = {
         row.name: v.line(ref, module, *steps, log) if module in v.modules(ref) else empty
@@ -152,9 +144,8 @@ def _series(views: Sequence[View], found: Comparison, laid: Sequence[_Laid]) -> 
         for d in _of(p.later, ref, module)
         if steps[0] <= d.step <= steps[1] and np.isfinite(d.value) and (d.value > 0 or not log)
     ]
-    unit = "" if column.unit in ("1", metric.id, column.name) else column.unit
     envelope = Envelope(*noise) if noise else None
-    strip = Panel(ref, column.doc, unit, drawn, log, 320, envelope, tuple(marks))
+    strip = Panel(ref, column.doc, data.unit(ref), drawn, log, 320, envelope, tuple(marks))
     window.chart(figures.lines([strip], [], steps, theme.palette()), Key.COMPARED)
     told = ["shaded: the noise band of the first run"] if noise else []
     told += ["circle: where a run leaves it for good"] if marks else []

@@ -64,15 +64,6 @@ def page(view: View) -> None:
         st.html(markup.line(_opposing(view)))
 
 
-def _last(view: View, ref: str) -> tuple[int, float] | None:
-    """Step and value of the last point of a column of the whole run."""
-    if not view.modules(ref):
-        return None
-    block = view.run.block(ref, [""])
-    rows = np.flatnonzero(block.has(ref)[:, 0])
-    return (int(block.steps[rows[-1]]), float(block[ref][rows[-1], 0])) if len(rows) else None
-
-
 def _headline(view: View) -> str:
     """What was measured last, and on what."""
     words = []
@@ -82,7 +73,7 @@ def _headline(view: View) -> str:
         ("edge_of_stability.stable_lr", "stable up to a learning rate of {:.3g}"),
         ("sharpness.examples", "measured on batches of {:,.0f}"),
     ):
-        found = _last(view, ref)
+        found = view.last(ref)
         if found is not None:
             words.append(("" if words else f"step {found[0]:,}: ") + text.format(found[1]))
     return " · ".join(words)
@@ -102,14 +93,13 @@ def _strip(
         for module in modules:
             label = name if len(modules) == 1 else module.removeprefix("eigenvalue") if not name else f"{name} {module}"
             drawn[label] = view.line(ref, module, *steps, log)
-    unit = data.unit(view.metrics[columns[0][0].partition(".")[0]]) if columns[0][0].endswith("value") else ""
-    return Panel(title, caption, unit, drawn, log, 150 if title == "sharpness" else 100)
+    return Panel(title, caption, data.unit(columns[0][0]), drawn, log, 150 if title == "sharpness" else 100)
 
 
 def _trace(view: View, steps: tuple[int, int]) -> Panel | None:
     caption = "Sum of the eigenvalues, its error, root of the sum of their squares"
     refs = [f"hessian_trace.{c}" for c in ("trace", "stderr", "frobenius")]
-    return panels.strip(view, refs, steps, title="hessian_trace", caption=caption, unit="loss/weight²", height=100)
+    return panels.strip(view, refs, steps, title="hessian_trace", caption=caption, height=100)
 
 
 def _spectra(view: View) -> Spectra | None:
@@ -153,9 +143,7 @@ def _landscape(view: View) -> None:
 
 
 def _opposing(view: View) -> str:
-    values = {
-        c: _last(view, f"opposing_signals.{c}") for c in ("rows", "up", "up_mean", "down", "down_mean", "typical")
-    }
+    values = {c: view.last(f"opposing_signals.{c}") for c in ("rows", "up", "up_mean", "down", "down_mean", "typical")}
     if any(v is None for v in values.values()):
         return ""
     step = max(v[0] for v in values.values() if v)

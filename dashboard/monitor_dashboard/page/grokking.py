@@ -10,7 +10,7 @@ import streamlit as st
 from monitor.diagnosis.phases import Phases
 from monitor.diagnosis.text import number
 from monitor.rules._series import logged_as
-from monitor_dashboard import data, figures, markup, panels, theme
+from monitor_dashboard import figures, markup, panels, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.figures import Band, Panel
 from monitor_dashboard.keys import Key
@@ -50,20 +50,17 @@ NOTHING = (
 
 def page(view: View) -> None:
     """Draw the way from memorising to generalising of one run."""
-    window = view.span
     found = view.phases
     if found is None and not any(name in view.metrics for name, _ in MARKERS if name not in GENERAL):
         st.html(markup.line(NOTHING))
         return
-    strips = [*_outcome(view, window), *_markers(view, window)]
+    st.html(_headline(found))
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.html(_headline(found), width="stretch")
+        steps = window.fields(view.span)
         log = st.toggle("log steps", value=False, key=Key.LOG_STEPS, bind="query-params", width="content")
+    strips = [*_outcome(view, steps), *_markers(view, steps)]
     bands = [Band(p.name, p.first, p.last) for p in found.timeline] if found else []
-    st.plotly_chart(
-        figures.phases(strips, bands, window, theme.palette(), log_steps=log), key=Key.PHASES, theme=None,
-        config=figures.CONFIG,
-    )  # fmt: skip
+    window.chart(figures.lines(strips, [], steps, theme.palette(), bands=bands, log_steps=log), Key.PHASES)
     missing = [name for name, _ in MARKERS if name not in view.metrics]
     if missing:
         st.html(markup.line(f"Not recorded: {', '.join(missing)}"))
@@ -83,21 +80,21 @@ def _headline(found: Phases | None) -> str:
     return markup.heading(WORDS[found.label]) + markup.line(" · ".join(words))
 
 
-def _outcome(view: View, window: tuple[int, int]) -> list[Panel]:
+def _outcome(view: View, steps: tuple[int, int]) -> list[Panel]:
     """Accuracies together and losses together, of the training and of the held-out data."""
     logged = view.modules("logged.value")
     strips = []
     for quantity, ref, caption in _OUTCOMES:
         names = [*logged_as(logged, quantity, train=True), *logged_as(logged, quantity)][: panels.MAX_LINES]
         log, own = quantity == "loss", view.modules(ref)[: panels.MAX_LINES]
-        drawn = {"training" if len(own) == 1 else m: view.line(ref, m, *window, log) for m in own}
-        drawn |= {name: view.line("logged.value", name, *window, log) for name in names}
+        drawn = {"training" if len(own) == 1 else m: view.line(ref, m, *steps, log) for m in own}
+        drawn |= {name: view.line("logged.value", name, *steps, log) for name in names}
         if drawn:
             strips.append(Panel(quantity, caption, "", drawn, log, 150))
     return strips
 
 
-def _markers(view: View, window: tuple[int, int]) -> list[Panel]:
+def _markers(view: View, steps: tuple[int, int]) -> list[Panel]:
     strips = []
     for name, columns in MARKERS:
         metric = view.metrics.get(name)
@@ -105,8 +102,7 @@ def _markers(view: View, window: tuple[int, int]) -> list[Panel]:
             refs = [f"{name}.{column}" for column in columns]
             caption = _growth(view, metric.title) if name == "distance_from_start" else metric.title
             log = metric.plot.log or name == "nlm_rate"
-            unit = data.unit(metric)
-            strips.append(panels.strip(view, refs, window, title=name, caption=caption, unit=unit, log=log))
+            strips.append(panels.strip(view, refs, steps, title=name, caption=caption, log=log))
     return [strip for strip in strips if strip]
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import streamlit as st
 
 from monitor.rule import load_rules
-from monitor_dashboard import data, figures, markup, panels, theme, window
+from monitor_dashboard import choose, data, figures, markup, panels, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.figures import Panel, Pin
 from monitor_dashboard.keys import Key
@@ -16,8 +15,6 @@ from monitor_dashboard.page import Page
 
 #: Findings marked on one chart; the rest are counted.
 MAX_PINS = 400
-#: A loss that spans this factor opens on a log scale.
-DECADES = 100.0
 
 
 def page(view: View) -> None:
@@ -44,17 +41,15 @@ def _series(view: View) -> tuple[int, int]:
     loss = metrics.pop("loss", None)
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         steps = window.fields(view.span)
-        signal = _choose(Key.SIGNAL, list(metrics), "logit_norm", 190) if metrics else None
+        signal = choose.one_of(Key.SIGNAL, list(metrics), "logit_norm", 190) if metrics else None
         log = loss is not None and st.toggle(
-            "log loss", value=view.decades(data.main_column(loss)) > DECADES, key=Key.LOG, bind="query-params",
+            "log loss", value=view.wide(data.main_column(loss)), key=Key.LOG, bind="query-params",
             width="content",
         )  # fmt: skip
     strips = []
     if loss:
-        refs, unit = data.columns(loss), data.unit(loss)
-        strips.append(
-            panels.strip(view, refs, steps, title=loss.id, caption=loss.title, unit=unit, log=log, height=190)
-        )
+        refs = data.columns(loss)
+        strips.append(panels.strip(view, refs, steps, title=loss.id, caption=loss.title, log=log, height=190))
     if signal:
         strips.append(panels.of_metric(view, signal, steps, height=108))
     _strips(strips, panels.pins(view, steps), steps, Key.LINES)
@@ -62,13 +57,6 @@ def _series(view: View) -> tuple[int, int]:
     if missing:
         st.html(markup.line(f"Not recorded: {', '.join(missing)}"))
     return steps
-
-
-def _choose(key: Key, options: list[str], preferred: str, width: int, **more: Any) -> str:
-    index = options.index(preferred) if preferred in options else 0
-    return st.selectbox(
-        key, options, index=index, key=key, bind="query-params", label_visibility="collapsed", width=width, **more
-    )
 
 
 def _strips(strips: Sequence[Panel | None], pins: list[Pin], steps: tuple[int, int], key: Key) -> None:
@@ -88,12 +76,12 @@ def _parameters(view: View, steps: tuple[int, int]) -> None:
         return
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.html(markup.heading("Parameters"), width="content")
-        metric = metrics[_choose(Key.METRIC, list(metrics), "grad_norm", 190)]
+        metric = metrics[choose.one_of(Key.METRIC, list(metrics), "grad_norm", 190)]
         ref = data.main_column(metric)
         modules = list(view.modules(ref))
         grid = view.grid(ref, *steps)
         preferred = _suspect(view, modules) or grid.modules[0]  # a row that the map shows
-        module = _choose(Key.MODULE, modules, preferred, 330, format_func=markup.name)
+        module = choose.one_of(Key.MODULE, modules, preferred, 330)
         note = "click a row for its series · drag a chart to look closer"
         if grid.hidden:
             note = f"{len(grid.modules)} of {len(modules):,} rows: those with the largest values"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from monitor.metric import load_metrics
-from monitor_dashboard import data, figures, markup, panels, theme, window
+from monitor_dashboard import choose, figures, markup, panels, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.figures import Panel
 from monitor_dashboard.keys import Key
@@ -78,23 +77,21 @@ def page(view: View) -> None:
     if not routers:
         st.html(markup.line("No router of experts was seen in this run."))
         return
-    named = [f.module for i in view.verdict.incidents for f in i.findings if f.module in routers]
+    named = (f.module for i in view.verdict.incidents for f in i.findings if f.module in routers)
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.html(markup.heading("Router"), width="content")
-        router = st.selectbox(
-            Key.ROUTER, routers, index=routers.index(named[0]) if named else 0, key=Key.ROUTER, bind="query-params",
-            label_visibility="collapsed", width=330, format_func=markup.name,
-        )  # fmt: skip
+        router = choose.one_of(Key.ROUTER, routers, next(named, ""), 330)
         steps = window.fields(view.span)
         st.html(markup.line(_sizes(view, router)), width="content")
     _loads(view, router, steps)
-    _strips(view, router, BALANCE, steps, Key.BALANCE)
+    _chart(view, router, _panels(view, router, BALANCE, steps), steps, Key.BALANCE)
     st.html(markup.heading("Pathways beside their control"))
-    if not _panels(view, router, PATHWAYS, steps):
+    pathways = _panels(view, router, PATHWAYS, steps)
+    if not pathways:
         st.html(markup.line("No pathways were measured: they are looked at now and then after the first ten steps."))
         return
     st.html(markup.line(READING))
-    _strips(view, router, (*PATHWAYS, *CONTROL), steps, Key.PATHWAYS)
+    _chart(view, router, [*pathways, *_panels(view, router, CONTROL, steps)], steps, Key.PATHWAYS)
 
 
 def _sizes(view: View, router: str) -> str:
@@ -122,16 +119,13 @@ def _panels(view: View, router: str, strips: Sequence[Strip], steps: tuple[int, 
     found = []
     for title, caption, metric, columns, log in strips:
         refs = [f"{metric}.{column}" for column in columns]
-        unit = data.unit(load_metrics()[metric]) if len(columns) == 1 else ""
-        found.append(
-            panels.strip(view, refs, steps, title=title, caption=caption, unit=unit, log=log, only=(router, ""))
-        )
+        found.append(panels.strip(view, refs, steps, title=title, caption=caption, log=log, only=(router, "")))
     return [strip for strip in found if strip]
 
 
-def _strips(view: View, router: str, strips: Sequence[Strip], steps: tuple[int, int], key: Key) -> None:
+def _chart(view: View, router: str, strips: Sequence[Panel], steps: tuple[int, int], key: Key) -> None:
     pins = panels.pins(view, steps, router, numbered=False)
-    window.chart(figures.lines(_panels(view, router, strips, steps), pins, steps, theme.palette()), key)
+    window.chart(figures.lines(strips, pins, steps, theme.palette()), key)
 
 
 PAGE = Page("Routing", 30, page)

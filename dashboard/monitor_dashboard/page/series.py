@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import streamlit as st
 
 from monitor.diagnosis.text import plain
 from monitor.errors import MonitorError
 from monitor.metric import SITES, load_metrics
-from monitor_dashboard import figures, markup, panels, theme, window
+from monitor_dashboard import choose, data, figures, markup, panels, theme, window
 from monitor_dashboard.data import View
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page import Page
@@ -25,10 +28,7 @@ def page(view: View) -> None:
     known = load_metrics()
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         steps = window.fields(view.span)
-        name = st.selectbox(
-            Key.WHICH, list(columns), key=Key.WHICH, bind="query-params", label_visibility="collapsed", width=330,
-            format_func=markup.name,
-        )  # fmt: skip
+        name = choose.one_of(Key.WHICH, list(columns), "loss", 330)
         part = st.text_input(
             Key.FILTER, key=Key.FILTER, bind="query-params", label_visibility="collapsed", width=220,
             placeholder="modules that contain …",
@@ -70,19 +70,18 @@ def _note(name: str) -> str:
 def _strip(view: View, name: str, column: str, steps: tuple[int, int], chosen: list[str]) -> figures.Panel | None:
     metric = load_metrics().get(name)
     told = next((c for c in metric.columns if c.name == column), None) if metric else None
-    unit = "" if told is None or told.unit in ("1", column) else told.unit
     log = metric is not None and metric.plot.log and metric.plot.column == column
     return panels.strip(
-        view, [f"{name}.{column}"], steps, title=column, caption=told.doc if told else "", unit=unit, log=log,
-        only=chosen,
-    )  # fmt: skip
+        view, [f"{name}.{column}"], steps, title=column, caption=told.doc if told else "", log=log, only=chosen
+    )
 
 
 def _map(view: View, name: str, steps: tuple[int, int], chosen: list[str]) -> None:
     """Modules × steps, where there are more than have a line of their own."""
     metric = load_metrics()[name]
-    ref = f"{name}.{metric.plot.column}"
-    modules = tuple(m for m in view.modules(ref) if m in set(chosen))
+    ref = data.main_column(metric)
+    wished = frozenset(chosen)
+    modules = tuple(m for m in view.modules(ref) if m in wished)
     if len(modules) <= panels.MAX_LINES:
         return
     grid = view.grid(ref, *steps, modules)
@@ -112,12 +111,22 @@ def _table(view: View) -> None:
     except MonitorError as e:
         st.html(markup.line(str(e)))
         return
-    # text is anybody's: nothing in it may be read as anything else
-    rows = [{plain(k, 60): plain(v, 200) if isinstance(v, str) else v for k, v in row.items()}
-            for row in table.slice(0, MOST).to_pylist()]  # fmt: skip
-    st.dataframe(rows, hide_index=True, width=720)
+    shown = {plain(k, 60): _cells(v) for k, v in table.slice(0, MOST).to_pydict().items()}
+    digits = {k: st.column_config.NumberColumn(format="%.6g") for k, v in shown.items() if _numeric(v)}
+    st.dataframe(shown, hide_index=True, width=720, column_config=digits)
     if table.num_rows > MOST:
         st.html(markup.line(f"the first {MOST:,} of {table.num_rows:,} rows"))
+
+
+def _numeric(values: list[Any]) -> bool:
+    return any(isinstance(v, float) for v in values)
+
+
+def _cells(values: list[Any]) -> list[Any]:
+    """A column as it is shown: text is anybody's and stays text; NaN and infinities would be empty among numbers."""
+    if any(isinstance(v, float) and not math.isfinite(v) for v in values):
+        return [f"{v:.6g}" if isinstance(v, float) else v for v in values]
+    return [plain(v, 200) if isinstance(v, str) else v for v in values]
 
 
 PAGE = Page("Series", 60, page)
