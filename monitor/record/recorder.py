@@ -37,6 +37,7 @@ from monitor.record.probe import Probe
 from monitor.record.ring import Values
 from monitor.record.rows import OpenRow
 from monitor.record.site import START, Site
+from monitor.record.sites._backward import BACKWARD
 from monitor.record.sites.activation import ActivationSite
 from monitor.record.sites.adam_state import AdamStateSite
 from monitor.record.sites.attention import AttentionSite
@@ -163,8 +164,7 @@ class Recorder:
         }
         self._on_others = {moment: [s for s in sites if not s.dense] for moment, sites in self._on.items()}
         self._left_out = self._leaves_out()  # this step, by the dense sites
-        before: dict[Any, Watcher] = {torch.Tensor.backward: self._backward_begins}
-        before[torch.autograd.backward] = self._backward_begins
+        before: dict[Any, Watcher] = dict.fromkeys(BACKWARD, self._backward_begins)
         after: dict[Any, Watcher] = {}
         for site in self.sites:
             always = site.inside_every == 1
@@ -478,15 +478,13 @@ class Recorder:
     # ---- errors
 
     def _guarded(self, site: Site, watcher: Watcher, always: bool = False) -> Watcher:
-        evaluates = isinstance(site, EvaluationSite)
-
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            if (self.stack.looking and not evaluates) or (site.dense and self._left_out):
+            if (self.stack.looking and not site.looks) or (site.dense and self._left_out):
                 return
             if not always and not site.due(site.inside_every):
                 return
             begin = time.perf_counter()
-            self._called_inside |= always and not evaluates and self._depth > 0
+            self._called_inside |= always and not site.looks and self._depth > 0
             with quiet():
                 self._tell(site, watcher, args, kwargs, result)
             self.spent += time.perf_counter() - begin

@@ -30,6 +30,8 @@ class Site:
     inside_every = 1
     #: True if it looks at every step at what a step costs most to look at: told of nothing at steps that are left out.
     dense = False
+    #: True if what it watches for is the loss of an evaluation.
+    looks = False
 
     def __init__(self, recorder: Recorder) -> None:
         self.rec = recorder

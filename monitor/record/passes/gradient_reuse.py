@@ -13,7 +13,7 @@ from monitor.record.passes.arrays import Array, Pieces
 
 STATS = ("left", "norm", "backwards", "n")
 #: Elements read of each tensor.
-SIZE = 16
+SIZE = 64
 #: Cosine above which one gradient is another times a number: rounding to 16 bits takes 1e-6 from it.
 _PARALLEL = 1 - 1e-5
 

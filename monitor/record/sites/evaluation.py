@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from monitor.record.mode import Watcher
 from monitor.record.site import START, Site
-from monitor.record.sites._backward import losses
+from monitor.record.sites._backward import BACKWARD, losses
 from monitor.record.sites.logged import LoggedSite
 
 #: Loss functions, and the beginning of the name of the node that each leaves in the autograd graph.
@@ -62,6 +62,7 @@ class EvaluationSite(Site):
     """
 
     name = "evaluation"
+    looks = True
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
@@ -76,7 +77,7 @@ class EvaluationSite(Site):
 
     def before(self) -> dict[Any, Watcher]:
         """Look at what is trained on."""
-        return {torch.Tensor.backward: self._backward, torch.autograd.backward: self._backward}
+        return dict.fromkeys(BACKWARD, self._backward)
 
     def after(self) -> dict[Any, Watcher]:
         """Watch the losses of torch."""

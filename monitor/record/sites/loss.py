@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from monitor.record.mode import Watcher
 from monitor.record.site import Site
-from monitor.record.sites._backward import losses
+from monitor.record.sites._backward import BACKWARD, losses
 
 STATS = ("value", "micro_steps")
 
@@ -45,7 +45,7 @@ class LossSite(Site):
 
     def before(self) -> dict[Any, Watcher]:
         """Watch both ways of calling backward."""
-        return {torch.Tensor.backward: self._backward, torch.autograd.backward: self._backward}
+        return dict.fromkeys(BACKWARD, self._backward)
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         for loss in losses(args, kwargs):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,7 +17,7 @@ from monitor.record.followed import Followed
 from monitor.record.mode import Watcher
 from monitor.record.probe import Moment, Probe
 from monitor.record.site import START, Site
-from monitor.record.sites._backward import losses
+from monitor.record.sites._backward import BACKWARD, losses
 from monitor.record.tape import Tape
 
 #: Memory that the first batch of a run may take to be kept as the probe set.
@@ -71,7 +70,7 @@ class ProbeSite(Site):
 
     def before(self) -> dict[Any, Watcher]:
         """A call of backward ends a tape."""
-        return {torch.Tensor.backward: self._backward, torch.autograd.backward: self._backward}
+        return dict.fromkeys(BACKWARD, self._backward)
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide what is due in this step, and whether it has to be taped."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from monitor.record.mode import Watcher
 from monitor.record.passes.gradient_reuse import STATS, Sample, Truth, reuse, same, sample
 from monitor.record.site import START, Site
+from monitor.record.sites._backward import BACKWARD
 
 #: Updates between two looks. Odd, so that of two updates made for one backward now one and now the other is looked at.
 EVERY = 11
@@ -84,7 +85,7 @@ class ReuseSite(Site):
 
     def after(self) -> dict[Any, Watcher]:
         """Watch both ways of calling backward; their beginning is `on_backward`."""
-        return {torch.Tensor.backward: self._backward_ended, torch.autograd.backward: self._backward_ended}
+        return dict.fromkeys(BACKWARD, self._backward_ended)
 
     def on_backward(self) -> None:
         """See whether the gradients that were left are still there."""
