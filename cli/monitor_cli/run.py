@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from monitor.errors import UsageError
 from monitor_cli.common import USAGE
 
 
 def run(
     script: Annotated[
-        Path, typer.Argument(metavar="SCRIPT", help="The training script, unmodified.", show_default=False)
+        str, typer.Argument(metavar="SCRIPT", help="The training script, unmodified.", show_default=False)
     ],
     args: Annotated[
         list[str] | None,
         typer.Argument(metavar="ARGS...", help="Everything after SCRIPT is the script's own.", show_default=False),
     ] = None,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name, as in python -m.")] = False,
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", metavar="DIR", help="Where to record. Default: runs/<script>-<time>."),
@@ -36,12 +38,21 @@ def run(
 
     The script sees the arguments, the folder and the __main__ it would see without monitor, and its exit code is kept.
     """
-    if not script.is_file():
-        from monitor.diagnosis.text import plain
+    path = Path(script)
+    if not module and not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        _stop(f"{path} {what}; give the path of a Python script, or -m and the name of a module")
+    from monitor.record.launcher import find_module, find_script, run_main
 
-        what = "is a folder" if script.is_dir() else "does not exist"
-        typer.echo(f"monitor run: {plain(script)} {what}; give the path of a Python script", err=True)
-        raise typer.Exit(USAGE)
-    from monitor.record.launcher import run_script
+    try:
+        main = find_module(script) if module else find_script(path)
+    except UsageError as e:
+        _stop(str(e))
+    raise typer.Exit(run_main(main, [main.path if module else script, *(args or [])], run_dir, curvature, every))
 
-    raise typer.Exit(run_script(script, args or [], run_dir, curvature, every))
+
+def _stop(why: str) -> NoReturn:
+    from monitor.diagnosis.text import plain
+
+    typer.echo(f"monitor run: {plain(why)}", err=True)
+    raise typer.Exit(USAGE)

@@ -299,7 +299,9 @@ def _script() -> str:
 
 
 def _default_folder(script: str) -> Path:
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(script).stem).strip("-.") or "run"
+    path = Path(script)
+    name = path.parent.name if path.stem == "__main__" else path.stem  # of a package that is run
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
     return Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -9,8 +9,11 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.abc import InspectLoader
 from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook, register_m
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from monitor.errors import UsageError
 from monitor.probes.curvature import Curvature
 from monitor.record.attach import _OPEN, Handle, begin, close_all
 from monitor.record.copies import HiddenHooks
@@ -154,15 +158,65 @@ def _trains(module: nn.Module) -> bool:
     return not torch.compiler.is_compiling() and not transformed() and torch.is_grad_enabled() and module.training
 
 
-def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool = False, every: int = 1) -> int:
-    """Run ``script`` as ``python script argv…`` would, recording what it trains.
+@dataclass(frozen=True)
+class _Main:
+    """What is to be run as ``__main__``.
+
+    Attributes:
+        path: its file.
+        folder: ``sys.path[0]`` while it runs.
+        names: what Python puts into a ``__main__`` beforehand.
+        code: makes its code; raises what Python would say of it.
+    """
+
+    path: str
+    folder: str
+    names: dict[str, Any]
+    code: Callable[[], types.CodeType | None]
+
+
+def find_script(script: Path) -> _Main:
+    """What ``python script`` runs; ``script`` is an existing file."""
+    # as Python does it: absolute, so that a script that changes folder still finds itself, and links not followed
+    path = str(Path.cwd() / script)
+
+    def code() -> types.CodeType:
+        with io.open_code(path) as file:
+            return compile(file.read(), path, "exec", dont_inherit=True)
+
+    names = {"__loader__": SourceFileLoader("__main__", path), "__cached__": None}
+    return _Main(path, str(script.resolve().parent), names, code)
+
+
+def find_module(name: str) -> _Main:
+    """What ``python -m name`` runs; importing the packages it is in.
+
+    Raises:
+        UsageError: if there is no such module, or it cannot be run.
+    """
+    sys.path[0] = folder = str(Path.cwd())
+    try:
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = find_spec(f"{name}.__main__")
+    except (ImportError, AttributeError, TypeError, ValueError) as e:  # as runpy has it
+        raise UsageError(f"module {name!r} cannot be found: {type(e).__name__}: {e}") from e
+    if spec is None or spec.origin is None or not isinstance(spec.loader, InspectLoader):
+        raise UsageError(f"there is no module {name!r} that Python could run from {folder}")
+    loader, module = spec.loader, spec.name
+    names = {"__loader__": loader, "__cached__": spec.cached, "__package__": spec.parent, "__spec__": spec}
+    return _Main(spec.origin, folder, names, lambda: loader.get_code(module))
+
+
+def run_main(main: _Main, argv: list[str], run_dir: Path | None, curvature: bool = False, every: int = 1) -> int:
+    """Run a script or a module as Python would, recording what it trains.
 
     The model is the outermost module of the first training call; models of further optimizers are found from their
     parameters and followed too. ``__main__``, ``sys.argv`` and ``sys.path[0]`` are the script's own.
 
     Args:
-        script: an existing Python file.
-        argv: its arguments.
+        main: of `find_script` or `find_module`.
+        argv: ``sys.argv``, the name of the script first.
         run_dir: folder to write; default ``runs/<script>-<time>``.
         curvature: measure the curvature of the training loss too, as `monitor.attach` does with "auto".
         every: steps between two at which gradients and the like are looked at, as in `monitor.attach`.
@@ -171,39 +225,35 @@ def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: b
         The exit status the script would have had by itself.
     """
     finder = _Finder(run_dir, [Curvature()] if curvature else [], every)
-    sys.argv = [str(script), *argv]
-    sys.path[0] = str(script.resolve().parent)
-    # as Python does it: absolute, so that a script that changes folder still finds itself, and links not followed
-    path = str(Path.cwd() / script)
+    sys.argv = argv
+    sys.path[0] = main.folder
     error: BaseException | None = None
     try:
-        _run(path)
+        _run(main)
     except SystemExit as e:
         error = e
     except BaseException as e:
         error = e
-        _print(e, path)
+        _print(e, main.path)
     finder.stop()
     close_all(error)
     if not finder.found:
-        to_stderr(f"{script} called no optimizer step on a torch module; nothing was recorded")
+        to_stderr(f"{argv[0]} called no optimizer step on a torch module; nothing was recorded")
     return _status(error)
 
 
-def _run(path: str) -> None:
-    """Execute the file as Python does, in a ``__main__`` that stays.
+def _run(main: _Main) -> None:
+    """Execute it as Python does, in a ``__main__`` that stays.
 
     `runpy` would change ``sys.argv[0]``, and put ours back at the end, when exit handlers and threads of the script
     still look for theirs.
     """
-    main = types.ModuleType("__main__")
-    main.__dict__.update(
-        __file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path), __annotations__={}
-    )
-    with io.open_code(path) as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    sys.modules["__main__"] = main
-    exec(code, main.__dict__)
+    module = types.ModuleType("__main__")
+    module.__dict__.update(main.names, __file__=main.path, __annotations__={})
+    code = main.code()
+    sys.modules["__main__"] = module
+    if code is not None:
+        exec(code, module.__dict__)
 
 
 def _print(error: BaseException, script: str) -> None:

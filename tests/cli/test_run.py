@@ -19,11 +19,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """What the launcher was called with; it answers 7."""
     seen: list[Call] = []
 
-    def run_script(script: Path, argv: list[str], run_dir: Path | None, curvature: bool, every: int) -> int:
-        seen.append((script, argv, run_dir, curvature, every))
+    def run_main(main: Path, argv: list[str], run_dir: Path | None, curvature: bool, every: int) -> int:
+        seen.append((main, argv, run_dir, curvature, every))
         return 7
 
-    monkeypatch.setitem(sys.modules, "monitor.record.launcher", SimpleNamespace(run_script=run_script))
+    launcher = SimpleNamespace(find_script=lambda path: path, find_module=None, run_main=run_main)
+    monkeypatch.setitem(sys.modules, "monitor.record.launcher", launcher)
     return seen
 
 
@@ -47,13 +48,13 @@ def script(tmp_path: Path) -> Path:
 )
 def test_all_after_the_script_is_the_scripts(calls: list[Call], shell: Shell, script: Path, args: list[str]) -> None:
     assert shell("run", script, *args).exit_code == 7
-    assert calls == [(script, args, None, False, 1)]
+    assert calls == [(script, [str(script), *args], None, False, 1)]
 
 
 def test_options_before_the_script_are_ours(calls: list[Call], shell: Shell, script: Path, tmp_path: Path) -> None:
     ours = ["--curvature", "--every", "10", "--run-dir", tmp_path / "here"]
     assert shell("run", *ours, script, "--run-dir", "there").exit_code == 7
-    assert calls == [(script, ["--run-dir", "there"], tmp_path / "here", True, 10)]
+    assert calls == [(script, [str(script), "--run-dir", "there"], tmp_path / "here", True, 10)]
 
 
 def test_a_script_that_is_not_there_is_one_line(calls: list[Call], shell: Shell, tmp_path: Path) -> None:
