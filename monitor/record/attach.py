@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,10 +24,12 @@ from monitor.metric import load_metrics
 from monitor.record.budget import Account
 from monitor.record.facts import unwrap, versions
 from monitor.record.flush import Flusher, to_stderr
+from monitor.record.part import Part, Place, hear, parted, rank, tell
 from monitor.record.private import quiet
 from monitor.record.probe import Probe
-from monitor.record.recorder import Recorder
+from monitor.record.recorder import SHARDED, Recorder
 from monitor.record.sites.logged import LoggedSite
+from monitor.store.ranks import Others
 from monitor.store.run import open_run
 from monitor.store.writer import RunWriter
 
@@ -40,16 +43,16 @@ _NO_STEP = "no step of a torch optimizer was seen (parameters changed by hand ar
 class Handle:
     """A recording under way. It may be dropped; it ends with `close`, a ``with`` block or the process."""
 
-    def __init__(self, recorder: Recorder | None, flusher: Flusher | None) -> None:
+    def __init__(self, recorder: Recorder | None, flusher: Flusher | Part | None) -> None:
         self._recorder = recorder
         self._flusher = flusher
         self._notes: list[tuple[int, str]] = []
-        self._account = Account(recorder, flusher) if recorder and flusher else None
+        self._account = Account(recorder, flusher) if recorder and isinstance(flusher, Flusher) else None
 
     @property
     def path(self) -> Path | None:
         """The run folder; None on ranks that do not record."""
-        return self._flusher.writer.path if self._flusher else None
+        return self._flusher.path if self._flusher else None
 
     @property
     def recording(self) -> bool:
@@ -69,9 +72,9 @@ class Handle:
             if not (value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise UsageError(f"log({name}=…) received {got}; expected a number or a one-element tensor")
-            if self._recorder is not None:
-                site = next(s for s in self._recorder.sites if isinstance(s, LoggedSite))
-                site.log(name, value if isinstance(value, Tensor) else float(value))
+            for site in self._recorder.sites if self._recorder is not None else ():
+                if isinstance(site, LoggedSite):
+                    site.log(name, value if isinstance(value, Tensor) else float(value))
 
     def note(self, note: object) -> None:
         """Remember something about the coming step that is no number: the ids of its batch, a file name, a remark.
@@ -109,16 +112,16 @@ class Handle:
         recorder.close()
         self._write_notes()
         complete = flusher.close(status, error)
-        if not say:
+        if not say or isinstance(flusher, Part):  # the first process has the verdict
             return
-        folder = _short(flusher.writer.path)
+        folder = _short(flusher.path)
         if recorder.rows == 0:
             to_stderr(f"{_NO_STEP}; {folder} is empty")
             return
         if not complete:
             to_stderr(f"the disk is too slow to finish now; nothing is lost, {folder} keeps the tail")
         with contextlib.suppress(Exception):  # a verdict that cannot be printed must not end a program badly
-            lines = summary_lines(open_run(flusher.writer.path), folder)
+            lines = summary_lines(open_run(flusher.path), folder)
             sys.stderr.write("\n".join(["", *lines, ""]))
             sys.stderr.flush()
 
@@ -223,17 +226,29 @@ def begin(
     every: int = 1,
     follow_all: bool = False,
 ) -> Handle:
-    """Start a recording, in the first of several processes; arguments are those of `attach`, checked."""
-    if _rank() != 0:
-        return Handle(None, None)
+    """Start a recording, in the first of several processes; arguments are those of `attach`, checked.
+
+    The others record only their parts of parameters, if every process has a part of its own.
+    """
+    several = parted(models)
+    if rank() != 0:
+        return _begin_part(models, optimizers, follow_all, every) if several else Handle(None, None)
     script = _script()
     folder = Path(run_dir) if run_dir is not None else _default_folder(script)
+    place = Place()
     try:
         writer = RunWriter.create(folder, script=script, resume=resume, start_step=start_step)
+        place = Place(str(writer.path), writer.attempt, writer.start_step)
     except OSError as e:  # a full or read-only disk is no reason not to train
         to_stderr(f"cannot write {_short(folder)} ({e.strerror or e}); training goes on unrecorded")
         return Handle(None, None)
+    finally:
+        if several:
+            tell(place)
     try:
+        if several:
+            writer.others = Others(writer.path, writer.attempt, dist.get_world_size())
+            writer.update(facts={"processes": dist.get_world_size()})
         flusher = Flusher(writer, to_stderr)
         with quiet():
             recorder = Recorder(
@@ -249,7 +264,7 @@ def begin(
         to_stderr(f"cannot record: {type(e).__name__}: {e}; training goes on unrecorded")
         writer.close("failed", str(e))
         return Handle(None, None)
-    flusher.missing = lambda: recorder.missing() if recorder.rows else [("loss", _NO_STEP)]
+    flusher.missing = lambda: _missing(recorder, writer.others) if recorder.rows else [("loss", _NO_STEP)]
     handle = Handle(recorder, flusher)
     if handle._account is not None:
         flusher.overhead = handle._account.report
@@ -263,6 +278,44 @@ def begin(
     moved = f" ({folder.name} is occupied)" if writer.renamed else ""
     to_stderr(f"recording {tensors} tensors → {_short(writer.path)}{moved}")
     return handle
+
+
+def _begin_part(models: Sequence[nn.Module], optimizers: Sequence[Optimizer], follow_all: bool, every: int) -> Handle:
+    """Record this process's parts into the run of the first one."""
+    place = hear()
+    if not place.path:
+        return Handle(None, None)  # the first one says why, or its run says that this one is silent
+    try:
+        part = Part(place, rank())
+        with quiet():
+            recorder = Recorder(
+                models,
+                part,
+                optimizers=optimizers,
+                follow_all=follow_all,
+                start_step=place.start_step,
+                every=every,
+                part=True,
+            )
+    except Exception as e:
+        to_stderr(f"process {rank()} cannot record: {type(e).__name__}: {e}; training goes on")
+        return Handle(None, None)
+    handle = Handle(recorder, part)
+    for model in models:
+        _OPEN[id(unwrap(model))] = handle
+    return handle
+
+
+def _missing(recorder: Recorder, others: Others | None) -> list[tuple[str, str]]:
+    """What is absent, as the recorder has it, unless the other processes have recorded the rest."""
+    found = recorder.missing()
+    if others is None or SHARDED not in found:
+        return found
+    found = [m for m in found if m != SHARDED]
+    if others.silent:
+        why = f"{SHARDED[1]}, for process {others.silent[0]} recorded nothing here"
+        return [*found, (SHARDED[0], why)]
+    return [*found, ("eps_ratio", "the parameters are sharded: second moments are those of this process alone")]
 
 
 def _probes(curvature: Literal["auto"] | Curvature | None, probes: Probe | Iterable[Probe]) -> list[Probe]:
@@ -285,11 +338,6 @@ def _columns() -> dict[str, Any]:
         for m in load_metrics().values()
         for c in m.columns
     }
-
-
-def _rank() -> int:
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdigit() else 0
 
 
 def _script() -> str:

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from monitor.block import Layout, RawBlock, evaluate
 from monitor.diagnosis.engine import Engine, rules_hash
@@ -30,6 +31,28 @@ WAITING = 8
 PATIENCE = 30.0
 #: Seconds between two writes of findings and overhead.
 FINDINGS_EVERY = 5.0
+
+
+class Taker(Protocol):
+    """What a recording hands its rows to."""
+
+    def layout(self, layout: Layout) -> None:
+        """From now on rows have this layout."""
+
+    def row(self, step: int, layout_number: int, payload: bytes) -> None:
+        """Keep one row even if the process dies now."""
+
+    def take(self, block: RawBlock) -> None:
+        """These rows, which `row` was given before, are complete."""
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """The facts are known, or have changed."""
+
+    def warn(self, text: str) -> None:
+        """Write a warning into the run."""
+
+    def table(self, name: str, step: int, table: Any) -> None:
+        """Write a table of vectors."""
 
 
 class Flusher:
@@ -61,6 +84,11 @@ class Flusher:
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="monitor-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.writer.path
 
     # ---- called on the training thread
 
@@ -144,6 +172,8 @@ class Flusher:
         self.writer.update(facts=facts)
 
     def _block(self, block: RawBlock) -> None:
+        if self.writer.others is not None:
+            block = self.writer.others.join(block)
         columns = evaluate(block, self.metrics.values(), self._failed)
         if self._engine is None:
             self._engine = Engine(self._rules, self._facts, attempt=self.writer.attempt)

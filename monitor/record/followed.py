@@ -110,6 +110,10 @@ class Followed:
             weakref.finalize(optimizer, self._mine.pop, id(optimizer), None)
         return known
 
+    def living(self, ids: frozenset[int]) -> frozenset[int]:
+        """Those of ``ids`` whose optimizers are still there: one made anew for every step is not waited for."""
+        return frozenset(i for i in ids if i in self._mine)
+
     @property
     def stepped(self) -> bool:
         """True once an optimizer has made a step."""

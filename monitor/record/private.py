@@ -135,3 +135,12 @@ def saved(node: Any, name: str) -> Tensor | None:
         return None
     value = getattr(node, f"_saved_{name}", None)
     return value.detach() if isinstance(value, Tensor) else None
+
+
+def common_store() -> Any:
+    """The key-value store that all processes of a distributed training have in common; None if there is none."""
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    try:
+        return None if c10d is None else c10d._get_default_store()
+    except (ValueError, AttributeError):  # not initialised
+        return None

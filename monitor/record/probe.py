@@ -129,6 +129,7 @@ class Probe:
         taped: it needs the tapes of the step.
         keeps_first: it needs the first micro-batch of the run.
         default: it runs though nobody asked for it, so its being not wanted is no news.
+        elsewhere: what measures the same where several processes train and no probe runs; "" if nothing does.
     """
 
     name = ""
@@ -138,6 +139,7 @@ class Probe:
     taped = False
     keeps_first = False
     default = False
+    elsewhere = ""
 
     def begin(self) -> None:
         """A recording begins: forget what is remembered of another."""

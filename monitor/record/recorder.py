@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,9 +30,10 @@ from torch.optim.optimizer import (
 from monitor.errors import MonitorWarning
 from monitor.record.copies import hook_calls
 from monitor.record.facts import compiled_regions, unwrap
-from monitor.record.flush import Flusher
+from monitor.record.flush import Taker
 from monitor.record.followed import FAST, Followed, children_called, find_bystanders
 from monitor.record.mode import StepMode, Watcher
+from monitor.record.part import is_parted
 from monitor.record.private import alone, compiled_any, quiet, transformed
 from monitor.record.probe import Probe
 from monitor.record.ring import Values
@@ -52,6 +54,7 @@ from monitor.record.sites.logged import LoggedSite
 from monitor.record.sites.logits import LogitsSite
 from monitor.record.sites.loss import LossSite
 from monitor.record.sites.norm import NormSite
+from monitor.record.sites.optimizer_age import OptimizerAgeSite
 from monitor.record.sites.parameter import ParameterSite
 from monitor.record.sites.probe import ProbeSite
 from monitor.record.sites.reuse import ReuseSite
@@ -77,11 +80,19 @@ _SITES: tuple[type[Site], ...] = (
     ParameterSite,
     EmbeddingSite,
     AdamStateSite,
+    OptimizerAgeSite,
     StateSite,
     EvaluationSite,
     LoggedSite,
     ProbeSite,
 )
+
+
+#: Those that read nothing but parameters, their gradients and what the optimizer keeps of them.
+_PARTED: tuple[type[Site], ...] = (GradientSite, ParameterSite)
+
+#: What is absent unless the other processes record too.
+SHARDED = "grad_norm", "the parameters are sharded: norms are those of this process alone"
 
 
 class Recorder:
@@ -95,18 +106,20 @@ class Recorder:
         follow_all: also follow optimizers that train other models, and look for those (used by ``monitor run``).
         start_step: number of the first row.
         every: steps between two at which the dense sites look.
+        part: record no more than this process's parts of parameters that are parted.
     """
 
     def __init__(
         self,
         models: Sequence[nn.Module],
-        flusher: Flusher,
+        flusher: Taker,
         *,
         optimizers: Sequence[Optimizer] = (),
         probes: Sequence[Probe] = (),
         follow_all: bool = False,
         start_step: int = 0,
         every: int = 1,
+        part: bool = False,
     ) -> None:
         self.flusher = flusher
         self.random = random.Random(0)
@@ -124,6 +137,10 @@ class Recorder:
         self.followed = Followed(optimizers, self.adopt if follow_all else None)
         for model in models:
             self.followed.add(model)
+        self._only: frozenset[str] | None = None  # parameters of which something is recorded
+        if part:
+            whole = {id(p): p for root in self.followed.roots for p in root.parameters()}
+            self._only = frozenset(self.parameter(p) for p in whole.values() if is_parted(p))
         self.device = self.followed.device
         self.on_cpu = self.device.type == "cpu"
         self._open_row = OpenRow(self.device, flusher)
@@ -147,7 +164,7 @@ class Recorder:
         self._pid = os.getpid()
         self._missing: list[tuple[str, str]] | None = None
         self.active = True
-        self.sites: list[Site] = [kind(self) for kind in _SITES]
+        self.sites: list[Site] = [kind(self) for kind in (_PARTED if part else _SITES)]
         self._broken: set[str] = set()
         # most sites care for few of the moments of a step: call those only
         self._on = {
@@ -264,6 +281,10 @@ class Recorder:
         self, reads: str, stats: Sequence[str], modules: Sequence[str], values: Values, at: slice = slice(None)
     ) -> None:
         """Write the statistics of several modules: ``values`` is ``(module, statistic)``, as in `emit`."""
+        if self._only is not None:
+            chosen = [i for i, name in enumerate(modules) if name in self._only]
+            modules = [modules[i] for i in chosen]
+            values = values[chosen] if isinstance(values, Tensor) else np.asarray(values)[chosen]
         self._open_row.emit_many(reads, stats, modules, values, at)
 
     def _close_row(self) -> None:
@@ -336,7 +357,7 @@ class Recorder:
             self._row.append(id(optimizer))
             self.stepped += 1
             self._at("on_step", optimizer)
-            if self._expected <= frozenset(self._row):
+            if self.followed.living(self._expected) <= frozenset(self._row):
                 self._close_row()
         self._rearm()
 
@@ -533,7 +554,7 @@ class Recorder:
             why = f"looked at every {self.every} steps, as asked; so are inputs, logits, attention and routers"
             found.append(("grad_norm", why))
         if self.followed.sharded:
-            found.append(("grad_norm", "the parameters are sharded: norms are those of this process alone"))
+            found.append(SHARDED)
         regions = [name or "the model" for r in self.roots for name in compiled_regions(r)]
         if regions and any(metric == "loss" for metric, _ in found):
             why = f"{regions[0]} is compiled in place, so its calls cannot be seen without recompiling it"

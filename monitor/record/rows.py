@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.record.flush import Flusher
+from monitor.record.flush import Taker
 from monitor.record.ring import Ring, Values
 
 #: Rows handed to the writer together, and the longest time (seconds) a row waits for the others.
@@ -25,7 +25,7 @@ class OpenRow:
         flusher: takes the rows.
     """
 
-    def __init__(self, device: torch.device, flusher: Flusher) -> None:
+    def __init__(self, device: torch.device, flusher: Taker) -> None:
         self._flusher = flusher
         self._ring = Ring(device, BLOCK_ROWS)
         self._emitted: dict[tuple[str, str], tuple[int, int]] = {}

@@ -7,6 +7,7 @@
     rank0/summary/<attempt>-<first>-<last>.parquet   per series of the large part of the same name
     rank0/findings.parquet              stored findings, with the hash of the rule set and the state of the engine
     rank0/tables/<name>-<attempt>-<step>.parquet     vectors: spectra, per-sample scores, pathways
+    rank1/tail/<attempt>-<step>.tail    of another process, where parameters are sharded: rows not yet joined (`ranks`)
 
 Values travel tail → live → series, and are in the next place before they leave the last: whoever lists the folders in
 that order misses none. Names of metrics and modules are data and never become names of files. A name ending in ``.tmp``
@@ -28,7 +29,7 @@ from monitor.errors import RunFormatError, UsageError
 
 SCHEMA = 1
 RUN_JSON = "run.json"
-RANK = "rank0"
+RANK = "rank0"  # all but the tails of other processes
 TAIL, LIVE, SERIES, SUMMARY, TABLES = "tail", "live", "series", "summary", "tables"
 FINDINGS = "findings.parquet"
 
@@ -36,6 +37,11 @@ _PART = re.compile(r"(\d{1,18})-(\d{1,18})-(\d{1,18})\.parquet\Z", re.ASCII)
 _TAIL = re.compile(r"(\d{1,18})-(\d{1,18})\.tail\Z", re.ASCII)
 _TABLE = re.compile(r"([a-z][a-z0-9_]*)-(\d{1,18})-(\d{1,18})\.parquet\Z", re.ASCII)
 _LARGEST = 256 << 20  # bytes of a run.json that is worth parsing; a run of 100,000 series needs 10 MB
+
+
+def rank_name(rank: int) -> str:
+    """Name of the folder of the process with this rank."""
+    return f"rank{rank}"
 
 
 def part_name(attempt: int, first: int, last: int) -> str:
@@ -252,14 +258,15 @@ def inside(folder: Path, path: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def names(folder: Path, room: str) -> list[str]:
-    """Names of the plain files in ``folder/rank0/room``, sorted; links and anything outside the folder are left out.
+def names(folder: Path, room: str, rank: int = 0) -> list[str]:
+    """Names of the plain files in ``folder/rank<rank>/room``, sorted; links and anything outside are left out.
 
     Args:
         folder: a run folder.
         room: `TAIL`, `LIVE`, `SERIES`, `SUMMARY` or `TABLES`.
+        rank: of the process that wrote them.
     """
-    place = folder / RANK / room
+    place = folder / rank_name(rank) / room
     if not inside(folder, place):
         return []
     try:

@@ -29,7 +29,7 @@ import numpy as np
 
 from monitor.block import ColumnBlock, Layout, RawBlock, evaluate
 from monitor.metric import Metric
-from monitor.store.layout import RANK, TAIL, names, parse_tail, tail_name
+from monitor.store.layout import TAIL, names, parse_tail, rank_name, tail_name
 
 RETRY_SECONDS = 60.0  # after a failed write
 _MAGIC = b"\xb5TF1"
@@ -192,13 +192,13 @@ class Segment:
     cut: bool
 
 
-def read_tail(folder: Path) -> list[Segment]:
-    """Every segment of a run folder's tail, in order of attempt and step; one that vanishes meanwhile is left out."""
+def read_tail(folder: Path, rank: int = 0) -> list[Segment]:
+    """Every segment of a process's tail, in order of attempt and step; one that vanishes meanwhile is left out."""
     found = []
-    for name in names(folder, TAIL):
+    for name in names(folder, TAIL, rank):
         if (parsed := parse_tail(name)) is None:
             continue
-        path = folder / RANK / TAIL / name
+        path = folder / rank_name(rank) / TAIL / name
         try:
             rows = read_rows(path.read_bytes())
         except FileNotFoundError:

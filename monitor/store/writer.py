@@ -7,6 +7,7 @@ as lost, never an exception; a forked child, which inherits all of this, writes 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from monitor.store.parts import (
     write_table,
 )
 from monitor.store.process import this_process
+from monitor.store.ranks import Others, join, processes, read_others
 from monitor.store.run import Run
 from monitor.store.stored import write_findings
 from monitor.store.summary import Summaries, joined_summaries, summarise, write_summaries
@@ -67,6 +69,7 @@ class RunWriter:
         attempt: 0, or the number of earlier attempts of a resumed run.
         start_step: step of the first row to come.
         tail: where the training thread writes its rows.
+        others: the other processes that record parts of what this one records; None if there are none.
         lost_values: values that could not be written.
         lost_steps: first and last step of them, or None.
     """
@@ -74,6 +77,7 @@ class RunWriter:
     def __init__(self, path: Path, info: dict[str, Any], start_step: int, renamed: bool) -> None:
         self.path, self.renamed, self.start_step = path, renamed, start_step
         self.attempt = len(info["attempts"]) - 1
+        self.others: Others | None = None
         self.lost_values = 0
         self.lost_steps: tuple[int, int] | None = None
         self._rank = path / layout.RANK
@@ -231,6 +235,8 @@ class RunWriter:
         self._try("values", self._write_live)
         if self._buffer and not self.tail.holds(int(self._buffer[-1].steps[-1])):
             self._give_up()
+        if self.others is not None and not self._buffer:
+            self.others.drop(sys.maxsize, ended=True)
         self._try("left-over rows", self._write_left_over)
         self._try("merged parts", self._settle)
         ended = layout.now()
@@ -278,7 +284,10 @@ class RunWriter:
             return
         self._levels[0].append(self._write_blocks(self.attempt, self._buffer))
         self._forget()
-        self.tail.drop(self._levels[0][-1].last)
+        last = self._levels[0][-1].last
+        self.tail.drop(last)
+        if self.others is not None:
+            self.others.drop(last)
 
     def _write_blocks(self, attempt: int, blocks: Sequence[ColumnBlock]) -> Part:
         """Make a live part of ``blocks``."""
@@ -349,7 +358,8 @@ class RunWriter:
         for attempt in sorted({s.attempt for s in segments if s.attempt < self.attempt}):
             mine = [s for s in segments if s.attempt == attempt]
             after = max((p.last for p in parts if p.attempt == attempt), default=-1)
-            blocks, faults = columns([b for s in mine for b in s.blocks], metrics, after)
+            others = read_others(self.path, attempt, processes(self._info))
+            blocks, faults = columns([join(b, others) for s in mine for b in s.blocks], metrics, after)
             if faults:
                 continue  # the rows stay for a version that knows the metrics they were recorded for
             if blocks:
@@ -357,6 +367,7 @@ class RunWriter:
             self.update(warnings=[f"attempt {attempt}: {s.fault}" for s in mine if s.fault])
             for s in mine:
                 s.path.unlink(missing_ok=True)
+            Others(self.path, attempt, processes(self._info)).drop(sys.maxsize, ended=True)
 
 
 def _name(parts: Sequence[Part]) -> str:

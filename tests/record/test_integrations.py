@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import monitor
@@ -22,8 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=sys.argv[3], rank=int(os.environ["RANK"]), world_size=2)
 rank = dist.get_rank()
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))  # sharded, one process has nothing of it
+    def forward(self, x):
+        return self.weight * x
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5))
+model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5), Scale())
 if sys.argv[1] == "sharded":
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
@@ -34,13 +41,17 @@ if sys.argv[1] == "sharded":
     called = model
 else:
     called = DistributedDataParallel(model)
-if sys.argv[2] != "-":
+handle = None
+if sys.argv[2] != "-" and (rank == 0 or sys.argv[4] != "first"):
     import monitor
     handle = monitor.attach(called, sys.argv[2])
 opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
 g = torch.Generator().manual_seed(rank)
 digest = hashlib.sha256()
-for _ in range(20):
+for step in range(20):
+    if sys.argv[4] == "killed" and step == 17:
+        dist.barrier()
+        os.kill(os.getpid(), 9)
     x, y = torch.randn(8, 12, generator=g), torch.randint(0, 5, (8,), generator=g)
     opt.zero_grad()
     loss = F.cross_entropy(called(x), y)
@@ -51,7 +62,7 @@ for p in model.parameters():
     p = getattr(p, "_local_tensor", p)
     digest.update(p.detach().numpy().tobytes())
 print(f"rank {rank} {digest.hexdigest()}", flush=True)
-if sys.argv[2] != "-":
+if handle is not None:
     handle.close()
 dist.barrier()
 os._exit(0)  # gloo now and then aborts while it is taken down, with or without a recording
@@ -61,13 +72,14 @@ os._exit(0)  # gloo now and then aborts while it is taken down, with or without 
 TWO = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
 
 
-def two_processes(tmp_path: Path, kind: str, run: str) -> list[str]:
+def two_processes(tmp_path: Path, kind: str, run: str, attached: str = "all") -> list[str]:
+    """Train; what each says of losses and parameters. ``attached``: "all", the "first" only, or all but "killed"."""
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    meeting = tmp_path / f"{kind}-{Path(run).name}"  # a file, since any port may be taken
+    meeting = tmp_path / f"{kind}-{attached}-{Path(run).name}"  # a file, since any port may be taken
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), kind, run, f"file://{meeting}"],
+            [sys.executable, str(script), kind, run, f"file://{meeting}", attached],
             env=os.environ | {"RANK": str(r)} | TWO,
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -76,23 +88,76 @@ def two_processes(tmp_path: Path, kind: str, run: str) -> list[str]:
     lines = []
     for p in processes:
         out, err = p.communicate(timeout=120)
-        assert p.returncode == 0, err
+        assert p.returncode == (-9 if attached == "killed" else 0), err
         lines += [line for line in out.splitlines() if line.startswith("rank")]
     return sorted(lines)
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[str], list[str], monitor.Run]]:
+    """For each kind of data-parallel training what two processes say without and with the monitor, and the run."""
+    found = {}
+    for kind in ("ddp", "sharded"):
+        folder = tmp_path_factory.mktemp(kind)
+        plain, watched = (two_processes(folder, kind, run) for run in ("-", str(folder / "run")))
+        found[kind] = plain, watched, monitor.open(folder / "run")
+    return found
+
+
 @pytest.mark.parametrize("kind", ["ddp", "sharded"])
-def test_two_gloo_processes(tmp_path: Path, kind: str) -> None:
+def test_two_gloo_processes(together: dict[str, tuple[list[str], list[str], monitor.Run]], kind: str) -> None:
     """Oracle: invariance. Losses and parameters of both ranks, hashed, with and without the monitor."""
-    control = two_processes(tmp_path, kind, "-")
+    control, watched, run = together[kind]
     assert len(control) == 2
-    assert two_processes(tmp_path, kind, str(tmp_path / "run")) == control
-    run = monitor.open(tmp_path / "run")
+    assert watched == control
     assert run.steps == 20
-    assert run.modules("grad_norm.norm") == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert run.modules("grad_norm.norm") == ("0.weight", "0.bias", "2.weight", "2.bias", "3.weight")
     assert len(run.series("loss.value")[0]) == 20
-    said = [a["why"] for a in run.info["absent"] if a["what"] == "grad_norm"]
-    assert [("sharded" in why) for why in said] == ([True] if kind == "sharded" else [])
+    assert [p.name for p in run.path.iterdir() if p.is_dir()] == ["rank0"]
+    assert [a["what"] for a in run.info["absent"] if "sharded" in a["why"]] == ["eps_ratio"] * (kind == "sharded")
+
+
+#: Columns of whole tensors that are made of what each process knows of its part.
+WHOLE = (
+    "grad_norm.norm", "grad_norm.max_abs", "grad_norm.nonfinite", "grad_norm_total.norm", "spam_spike.count",
+    "param_norm.norm", "update_ratio.ratio", "update_ratio.update_norm", "distance_from_start.distance",
+    "distance_from_start.stderr", "nlm_cos.cos", "nlm_cos.total",
+)  # fmt: skip
+
+
+def test_sharded_parameters_are_recorded_whole(
+    together: dict[str, tuple[list[str], list[str], monitor.Run]],
+) -> None:
+    """Oracle: invariance. The same training with whole parameters in every process gives the same numbers."""
+    whole, sharded = together["ddp"][2], together["sharded"][2]
+    for ref in WHOLE:
+        assert sharded.modules(ref) == whole.modules(ref)
+        for module in whole.modules(ref):
+            steps, values = sharded.series(ref, module)
+            expected = whole.series(ref, module)
+            assert steps.tolist() == expected[0].tolist(), ref
+            np.testing.assert_allclose(values, expected[1], rtol=2e-6, atol=1e-7, err_msg=f"{ref} {module}")
+
+
+def test_sharded_and_killed(tmp_path: Path, together: dict[str, tuple[list[str], list[str], monitor.Run]]) -> None:
+    """Oracle: invariance. Of processes that were killed the tails are joined when the run is read."""
+    two_processes(tmp_path, "sharded", str(tmp_path / "run"), "killed")
+    run, whole = monitor.open(tmp_path / "run"), together["ddp"][2]
+    assert run.status == "died"
+    for ref, module in (("grad_norm_total.norm", ""), ("update_ratio.ratio", "2.weight")):
+        steps, values = run.series(ref, module)
+        expected = whole.series(ref, module)
+        assert steps.tolist() == [s for s in expected[0] if s < 17]
+        np.testing.assert_allclose(values, expected[1][: len(values)], rtol=2e-6)
+
+
+def test_sharded_and_only_the_first_attached(tmp_path: Path) -> None:
+    """Oracle: definition. Nobody waits, the numbers are those of one process, and the run says so."""
+    two_processes(tmp_path, "sharded", str(tmp_path / "run"), "first")
+    run = monitor.open(tmp_path / "run")
+    assert len(run.series("grad_norm.norm", "0.weight")[0]) == 20
+    said = next(a["why"] for a in run.info["absent"] if a["what"] == "grad_norm")
+    assert "norms are those of this process alone, for process 1 recorded nothing" in said
 
 
 TRAINER = """

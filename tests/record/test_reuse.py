@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import monitor
 from monitor.record.passes.gradient_reuse import reuse, same, sample
+from monitor.record.sites import reuse as site
 
 #: One iteration of a training, given the number of it.
 Step = Callable[[int], object]
@@ -288,6 +289,13 @@ def test_nothing_is_used_again(made: Callable[[], tuple[nn.Module, Step]], tmp_p
     assert sum(map(len, shares)) >= 10 and all((s == 0).all() for s in shares)
 
 
+def test_a_step_that_calls_its_parents_is_one(tmp_path: Path) -> None:
+    """Oracle: definition. An update is a step, however many methods tell of it."""
+    run = recorded(a_step_that_calls_its_parents, tmp_path / "run")
+    assert run.steps == UPDATES
+    assert len(run.series("loss.value")[0]) == UPDATES
+
+
 def never_zeroed(clip: float | None) -> tuple[nn.Module, Step]:
     model = mlp()
     optimizer = adam(model)
@@ -345,6 +353,19 @@ def steps_for_one_backward(count: int) -> tuple[nn.Module, Step]:
     return model, step
 
 
+def two_optimizers_step_twice() -> tuple[nn.Module, Step]:
+    model = mlp()
+    optimizers = [adam(model[0]), adam(model[4])]
+
+    def step(i: int) -> None:
+        model.zero_grad()
+        loss(model).backward()
+        for optimizer in 2 * optimizers:
+            optimizer.step()
+
+    return model, step
+
+
 CARRIED, REPEATED = RULES
 
 
@@ -357,8 +378,9 @@ CARRIED, REPEATED = RULES
         (one_of_two_forgotten, [(CARRIED, "optimizer[1]")]),
         (lambda: steps_for_one_backward(2), [(REPEATED, "")]),
         pytest.param(lambda: steps_for_one_backward(3), [(REPEATED, "")], marks=pytest.mark.slow),
+        (two_optimizers_step_twice, [(REPEATED, ""), (REPEATED, "optimizer[1]")]),
     ],
-    ids=["never zeroed", "and clipped", "another model zeroed", "one of two", "two steps", "three steps"],
+    ids=["never zeroed", "and clipped", "another model zeroed", "one of two", "two steps", "three steps", "of two"],
 )
 def test_used_again(
     made: Callable[[], tuple[nn.Module, Step]], expected: list[tuple[str, str]], tmp_path: Path
@@ -372,13 +394,13 @@ def test_share_of_a_known_gradient(tmp_path: Path) -> None:
     model = nn.Linear(8, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with monitor.attach(model, tmp_path / "run"):
-        for _ in range(25):
+        for _ in range(40):
             model(torch.ones(4, 8)).mean().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1e9)
             optimizer.step()
     run = monitor.open(tmp_path / "run")
     steps, share = run.series("gradient_reuse.share", "")
-    assert steps.tolist() == [*range(1, 10), 11, 22]  # the first has none before it, and the tenth is no eleventh
+    assert steps.tolist() == [*range(1, 10), 31]  # the first has none before it
     np.testing.assert_allclose(share, steps / (steps + 1), rtol=1e-6)
     assert set(run.series("gradient_reuse.elements", "")[1]) == {8}
 
@@ -396,6 +418,28 @@ def test_clipping_is_taken_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(share, 1 / 3, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (zeros_nobody_counts, []),
+        (lambda: never_zeroed(0.5), [(CARRIED, "")]),
+        (lambda: steps_for_one_backward(2), [(REPEATED, "")]),
+    ],
+    ids=["zeroed", "never zeroed", "two steps"],
+)
+def test_as_on_an_accelerator(
+    made: Callable[[], tuple[nn.Module, Step]],
+    expected: list[tuple[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: invariance. Where nothing is known before the device is asked, the same is found."""
+    monkeypatch.setattr(site, "sample", lambda grads: torch.from_numpy(np.asarray(sample(grads))).float())
+    run = recorded(made, tmp_path / "run")
+    assert not run.info["warnings"]
+    assert found(run) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_accelerator_sees_what_the_cpu_sees(dtype: torch.dtype) -> None:
     """Oracle: naive transcription in float64, for both ways; what changed direction is not carried over."""
@@ -406,6 +450,9 @@ def test_the_accelerator_sees_what_the_cpu_sees(dtype: torch.dtype) -> None:
     on_device = [torch.from_numpy(a).float() for a in (left, now, used)]
     assert same(left, left.copy()) is True and same(left, now) is False
     assert bool(same(on_device[0], on_device[0].clone())) and not same(on_device[0], on_device[1])
+    for a in (left, on_device[0]):  # resized, moved to an accelerator, moved to another
+        assert not any(same(a, b) for b in (a[1:], torch.empty(67, device="meta")))
+    assert same(on_device[0], left) is False
     wanted = [np.linalg.norm(left), np.linalg.norm(now), 2, 67]
     for a, b, c in ((left, now, used), on_device):
         np.testing.assert_allclose(reuse(a, b, c, True, 2), wanted, rtol=1e-5)

@@ -46,9 +46,18 @@ def _spaced(flat: Any) -> Any:
 
 def same(a: Sample, b: Sample) -> Truth:
     """True if two samples are equal element for element; never where there is a NaN."""
+    if not alike(a, b):
+        return False
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.eq(a, b).all() if a.shape == b.shape else False
+        return torch.eq(a, b).all()
     return bool(np.array_equal(a, b))
+
+
+def alike(a: Sample, b: Sample) -> bool:
+    """True if two samples can be compared: of as many elements, and on one device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.device == b.device
+    return type(a) is type(b) and a.shape == b.shape
 
 
 def reuse(left: Sample, now: Sample, used: Sample, carried: Truth, backwards: int) -> Tensor | tuple[float, ...]:

@@ -137,13 +137,13 @@ class ProbeSite(Site):
             p = s.probe
             if not s.asked:  # not before: other sites have to see a step first
                 s.asked = True
-                s.why_not = _impossible(self.rec.followed) or p.wanted(self.rec)
+                s.why_not = _impossible(self.rec.followed, p) or p.wanted(self.rec)
             if s.why_not is not None:
                 continue
-            if p.taped and not tapes:
+            if (p.taped and not tapes) or (p.keeps_first and self._keeps):
                 s.why_not = self._why_no_tape or "no call of backward was seen"
             elif p.keeps_first and self._first is None:
-                s.why_not = self._why_no_tape or f"the first batch takes more than {KEEP >> 20} MiB"
+                s.why_not = f"the first batch takes more than {KEEP >> 20} MiB"
             else:
                 self._measure(s, optimizer, tapes if p.taped else [])
         if all(s.why_not is not None for s in self._all if s.probe.keeps_first):
@@ -182,8 +182,11 @@ class ProbeSite(Site):
         return found
 
 
-def _impossible(followed: Followed) -> str | None:
-    """Why no probe may run the models at all."""
+def _impossible(followed: Followed, probe: Probe) -> str | None:
+    """Why no probe may run the models at all, and what measures the same then."""
+    if followed.sharded:
+        return "the parameters are sharded"
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return "several processes train together, and a forward of one alone could wait for the others for ever"
-    return "the parameters are sharded" if followed.sharded else None
+        why = "several processes train together, and a forward of one alone could wait for the others for ever"
+        return f"{why}; {probe.elsewhere}" if probe.elsewhere else why
+    return None

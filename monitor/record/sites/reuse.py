@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from monitor.record.mode import Watcher
-from monitor.record.passes.gradient_reuse import STATS, Sample, Truth, reuse, same, sample
+from monitor.record.passes.gradient_reuse import STATS, Sample, Truth, alike, reuse, same, sample
 from monitor.record.site import START, Site
 from monitor.record.sites._backward import BACKWARD
 
 #: Updates between two looks. Odd, so that of two updates made for one backward now one and now the other is looked at.
-EVERY = 11
+EVERY = 31
 
 
 @dataclass
@@ -70,7 +70,7 @@ class _Kept:
 
 
 class ReuseSite(Site):
-    """Follows a few gradients of every optimizer from one update to the next, every eleventh time.
+    """Follows a few gradients of every optimizer from one update to the next, every 31st time.
 
     They were carried over if every backward since the last update found them as the event before had left them, one has
     added to them, and the update was made with the sum. Where gradients are set to None, as torch does by default,
@@ -113,14 +113,14 @@ class ReuseSite(Site):
 
     def _record(self, optimizer: Optimizer, kept: _Kept) -> None:
         used = kept.read()
-        if used is None or (kept.overtaken and kept.whole is not False):
+        if used is None or (kept.backwards and kept.overtaken and kept.whole is not False):
             return
         if kept.backwards:
             carried = kept.whole & kept.added
             now = used if kept.whole is False else kept.now
         else:
             carried, now = same(used, kept.left), used
-        if len(now) == len(used) == len(kept.left):  # a gradient may have been given another size
+        if alike(now, used) and alike(now, kept.left):  # else resized, or moved
             values = reuse(kept.left, now, used, carried, kept.backwards)
             self.rec.emit("gradient_reuse", STATS, self.rec.label(optimizer), values)
 

@@ -1,0 +1,43 @@
+"""How long the optimizers have been there: one that is made anew has forgotten everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from monitor.record.site import Site
+
+#: Steps between two looks. No number of updates that somebody would give an optimizer on purpose divides it.
+EVERY = 11
+STATS = ("updates", "remembers")
+
+
+class OptimizerAgeSite(Site):
+    """The most updates that an optimizer of this step has made so far, and whether it remembers any."""
+
+    name = "optimizer_age"
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__(recorder)
+        self._oldest = (0, 0.0)
+
+    def on_step(self, optimizer: Optimizer) -> None:
+        """Keep the oldest."""
+        if self.due(EVERY):
+            self._oldest = max(self._oldest, (self.rec.updates(optimizer), float(_remembers(optimizer))))
+
+    def on_row(self) -> None:
+        """Record it."""
+        if self._oldest[0]:
+            self.rec.emit("optimizer_age", STATS, "", self._oldest)
+        self._oldest = (0, 0.0)
+
+
+def _remembers(optimizer: Optimizer) -> bool:
+    """True if it keeps something for each element of the first parameter it keeps anything of: a momentum."""
+    p, state = next(iter(optimizer.state.items()), (None, {}))
+    return isinstance(p, Tensor) and any(
+        isinstance(v, Tensor) and v.shape == p.shape and v.is_floating_point() and v.dim() > 0 for v in state.values()
+    )
