@@ -42,6 +42,15 @@ def test_findings(name: str) -> None:
             assert first <= finding.first_step <= last
 
 
+@pytest.mark.parametrize("name", [n for n, e in EXPECTED.items() if "info" in e])
+def test_information(name: str) -> None:
+    """Oracle: planted fault. What is no trouble, and worth knowing, is found where it begins."""
+    found = {(f.rule, f.module): f.first_step for f in monitor.open(SAMPLES / name).findings() if f.severity == "info"}
+    for e in EXPECTED[name]["info"]:
+        first, last = e["first_step"]
+        assert first <= found[e["rule"], e["module"]] <= last
+
+
 @pytest.mark.parametrize("name", [n for n, e in EXPECTED.items() if "reaches" in e])
 def test_cure(name: str) -> None:
     """Oracle: golden. The series that shows the cure reaches its value by the step where it did when published."""
@@ -52,10 +61,13 @@ def test_cure(name: str) -> None:
 
 #: Rules whose quiet side no recording shows; their own cases do, and the calibration that their parameters tell of.
 UNHEARD = {
+    "batch_norm_few_examples",  # tests/rules/test_mistakes.py
+    "double_sigmoid",  # tests/rules/test_mistakes.py
     "gradient_conflict",
     "hyperfitting",  # tests/rules/test_trainings.py
     "late_pathway_churn",
     "opposing_groups",
+    "optimizer_made_anew",  # tests/record/test_optimizer_age.py
     "token_drops",
     "uniform_attention",
 }

@@ -15,8 +15,8 @@ What to do:
     a prediction, take them aside. For a model that must give probabilities: ``nll_loss`` of their logarithm.
 
 When it is wrong:
-    Logits that sum to 1 and lie between 0 and 1 by another design than softmax. A sigmoid in front of
-    ``binary_cross_entropy_with_logits`` is the same mistake and is not found, because those logits are not read.
+    Logits that sum to 1 and lie between 0 and 1 by another design than softmax. The same mistake in front of
+    ``binary_cross_entropy_with_logits`` is the rule double_sigmoid's.
 """
 
 from __future__ import annotations
