@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import monitor
@@ -69,7 +69,10 @@ def parameter_names(models: Iterable[nn.Module]) -> dict[int, str]:
 
 
 def model_facts(
-    models: Iterable[nn.Module], optimizers: Iterable[Optimizer], awaited: Iterable[Optimizer] = ()
+    models: Iterable[nn.Module],
+    optimizers: Iterable[Optimizer],
+    awaited: Iterable[Optimizer] = (),
+    copies: Mapping[int, Tensor] | None = None,
 ) -> dict[str, Any]:
     """The facts of a run as plain data; see ``facts`` in run.json.
 
@@ -77,6 +80,7 @@ def model_facts(
         models: root modules, unwrapped.
         optimizers: those known so far, in the order in which they first stepped.
         awaited: those that are there but have not stepped yet.
+        copies: what is trained in the place of a parameter, by its id.
 
     Returns:
         Keys ``modules``, ``parameters``, ``optimizers``, ``precision``, ``compiled``, ``class``. Of a parameter in none
@@ -100,7 +104,7 @@ def model_facts(
             if id(p) in seen:
                 continue
             seen.add(id(p))
-            where = owner.get(id(p))
+            where = owner.get(id((copies or {}).get(id(p), p)))
             parameters.append(
                 {
                     "name": names[id(p)],

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from monitor.record.facts import compiled_regions, model_facts, parameter_names, unwrap
+from monitor.record.private import quiet
 
 #: Updates of another optimizer until one that is there but has not stepped is no longer waited for.
 PATIENCE = 100
+#: Parameters that are often trained through a copy of more bits, and numbers of it that are looked at.
+NARROW, SEEN = (torch.bfloat16, torch.float16), 1024
 #: Layers that compute otherwise in evaluation when a mode is on the stack.
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -36,6 +39,7 @@ class Followed:
         self._stranger = stranger
         self._names: dict[int, str] = {}
         self._named_at = -1
+        self._copies: dict[int, weakref.ref[Tensor]] = {}  # of parameters, by the id of what they are copies of
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._updates: dict[int, int] = {}
         self._mine: dict[int, bool] = {}
@@ -70,6 +74,18 @@ class Followed:
         self._named_at = step
         strangers = {key: name for key, name in self._names.items() if name.startswith("parameter[")}
         self._names = strangers | parameter_names(self.roots)
+        for key, known in self._copies.items():
+            if (copy := known()) is not None and key in self._names:
+                self._names[id(copy)] = self._names[key]
+
+    def _look_up_copies(self, others: Sequence[Tensor]) -> None:
+        """Find what the tensors of an optimizer that are no parameters of the roots are 32-bit copies of."""
+        narrow = [p for root in self.roots for p in root.parameters() if p.requires_grad and p.dtype in NARROW]
+        with quiet():
+            found = copies(narrow, others)
+        for p, copy in found:
+            self._copies[id(p)] = weakref.ref(copy)
+            self._named_at = -1
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -87,24 +103,23 @@ class Followed:
 
     def is_gradient(self, t: Tensor) -> bool:
         """True if ``t`` is the gradient of a parameter of the roots."""
-        return any(p.grad is t for root in self.roots for p in root.parameters())
+        copies = (copy for known in self._copies.values() if (copy := known()) is not None)
+        return any(p.grad is t for root in self.roots for p in root.parameters()) or any(c.grad is t for c in copies)
 
     def follows(self, optimizer: Optimizer, step: int) -> bool:
         """True if the steps of this optimizer are steps of this recording."""
         known = self._mine.get(id(optimizer))
         if known is None:
-            if self._only:
-                known = id(optimizer) in self._only
-            else:
-                params = [id(p) for g in optimizer.param_groups for p in g["params"]]
-                if not all(p in self._names for p in params):
-                    self._look_up_names(step)
-                trained = [p in self._names for p in params]
-                known = any(trained)
-                if self._stranger is not None and not all(trained):
-                    for model in find_models(optimizer):
-                        self._stranger(model)
-                    known = True
+            params = [p for g in optimizer.param_groups for p in g["params"]]
+            if not all(id(p) in self._names for p in params):
+                self._look_up_copies([p for p in params if id(p) not in self._names])
+                self._look_up_names(step)
+            trained = [id(p) in self._names for p in params]
+            known = id(optimizer) in self._only if self._only else any(trained)
+            if not self._only and self._stranger is not None and not all(trained):
+                for model in find_models(optimizer):
+                    self._stranger(model)
+                known = True
             self._mine[id(optimizer)] = known
             # the id of a dead optimizer may be given to another
             weakref.finalize(optimizer, self._mine.pop, id(optimizer), None)
@@ -139,7 +154,8 @@ class Followed:
         if optimizer in known and signature == self._signature:
             return None
         self._signature = signature
-        return model_facts(self.roots, self.optimizers, awaited)
+        held = {key: copy for key, known in self._copies.items() if (copy := known()) is not None}
+        return model_facts(self.roots, self.optimizers, awaited, held)
 
     def alive(self, step: int) -> Iterable[int]:
         """Ids of the optimizers there are for the roots: taken to make a step together, until they do not."""
@@ -166,6 +182,29 @@ class Followed:
         modules = [m for root in self.roots for m in root.modules()]
         # a module that is left has one reference more than a fresh object here: its parent's, or ours to the root
         return set(_references(modules)) == {_references([object()])[0] + 1}
+
+
+def copies(narrow: Sequence[Tensor], others: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a 16-bit parameter and what an optimizer trains in its place: the same numbers in float32.
+
+    Args:
+        narrow: parameters of 16 bits, in order.
+        others: what the optimizer was given, before it has changed it.
+
+    Returns:
+        Pairs of one shape, in order, whose first numbers are equal; waits for the device once.
+    """
+    found, left = [], list(others)
+    for p in narrow:
+        if hasattr(p, "_local_tensor"):  # comparing those of several processes is work for all of them
+            continue
+        for i, copy in enumerate(left):
+            if copy.shape == p.shape and copy.dtype == torch.float32 and copy.device == p.device:
+                mine, its = (x.detach().reshape(-1)[:SEEN] for x in (p, copy))
+                if torch.equal(mine, its.to(p.dtype)):
+                    found.append((p, left.pop(i)))
+                    break
+    return found
 
 
 def _device(module: nn.Module) -> torch.device | None:

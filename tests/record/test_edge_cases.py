@@ -594,3 +594,36 @@ def test_a_mode_entered_for_one_call_sees_what_it_saw(tmp_path: Path) -> None:
 
     control = count(lambda _: None)
     assert count(lambda m: monitor.attach(m, tmp_path / "run")) == control
+
+
+@pytest.mark.parametrize("found", ["attach", "optimizer"])
+def test_parameters_that_are_trained_through_a_copy(found: str, tmp_path: Path) -> None:
+    """Oracle: invariance. bfloat16 parameters with float32 masters: these go by the names of the model's."""
+
+    def train(record: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)).bfloat16()
+        masters = [p.detach().clone().float().requires_grad_() for p in model.parameters()]
+        opt = torch.optim.AdamW(masters, lr=0.01)
+        given = opt if found == "optimizer" else None
+        handle = monitor.attach(model, tmp_path / "run", optimizer=given) if record else None
+        for _ in range(25):
+            F.cross_entropy(model(torch.randn(4, 6).bfloat16()), torch.arange(4) % 3).backward()
+            for p, master in zip(model.parameters(), masters, strict=True):
+                assert p.grad is not None
+                master.grad, p.grad = p.grad.float(), None
+            nn.utils.clip_grad_norm_(masters, 0.1)
+            opt.step()
+            with torch.no_grad():
+                for p, master in zip(model.parameters(), masters, strict=True):
+                    p.copy_(master)
+        if handle is not None:
+            handle.close()
+        return masters
+
+    assert all(torch.equal(a, b) for a, b in zip(train(False), train(True), strict=True))
+    run = monitor.open(tmp_path / "run")
+    assert run.modules("grad_norm.norm") == tuple(f"{i}.{name}" for i in (0, 2, 3) for name in ("weight", "bias"))
+    assert len(run.series("clip.coefficient")[0]) == run.steps - 1 == 24  # it is not known before the first update
+    assert not [f for f in run.findings() if f.rule == "unoptimized_parameter"]
+    assert not run.warnings
