@@ -67,7 +67,6 @@ UNHEARD = {
     "hyperfitting",  # tests/rules/test_trainings.py
     "late_pathway_churn",
     "opposing_groups",
-    "optimizer_made_anew",  # tests/record/test_optimizer_age.py
     "token_drops",
     "uniform_attention",
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from monitor.curvature.closure import LossClosure, Selection
+from monitor.curvature.closure import LossClosure, Point, Selection
 from monitor.curvature.lanczos import Array
 from monitor.errors import UsageError
 
@@ -142,6 +142,8 @@ def jacobian(
 ) -> Jacobian:
     """The Jacobian of every example's loss, or of every output, at the point where the model is.
 
+    `monitor.probes.JacobianSpectrum` records the singular values of that of the losses during training.
+
     Args:
         closure: built from (model, loss_fn, batch). An example is one index of the outputs' first dimension.
         parameters: which parameters; default all trainable.
@@ -156,11 +158,17 @@ def jacobian(
 
     Cost: one backward pass a row.
     """
+    J = jacobian_rows(closure, parameters, of)
+    return Jacobian(J, *_of_rows(J))
+
+
+def jacobian_rows(closure: LossClosure, parameters: Selection, of: Literal["losses", "outputs"]) -> Tensor:
+    """J itself ``(B, n)``; see `jacobian`."""
     if of not in ("losses", "outputs"):
         raise UsageError(f'of={of!r}; expected "losses" or "outputs".')
     if closure.plain:
         raise UsageError("jacobian needs the model's outputs, which a plain closure hides; pass a batch.")
-    point, rows = closure.point(parameters), []
+    point, found = closure.point(parameters), []
     with closure.session(point):
         for batch in closure.batches:
             given = closure.outputs(batch)
@@ -175,10 +183,24 @@ def jacobian(
                     (len(z) * g * z).reshape(len(z), -1).sum(1, True) for g, z in zip(slopes, outputs, strict=True)
                 ]
                 outputs = [torch.stack(outputs).sum(0)]
-            for number in torch.cat([z.reshape(len(z), -1) for z in outputs], 1).reshape(-1):
-                parts = torch.autograd.grad(
-                    number, point.leaves, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                rows.append(point.join(parts))
-    J = torch.stack(rows)
-    return Jacobian(J, *_of_rows(J))
+            found.append(gradients(torch.cat([z.reshape(len(z), -1) for z in outputs], 1), point))
+    return torch.cat(found)
+
+
+def gradients(numbers: Tensor, point: Point) -> Tensor:
+    """The gradient of each of some numbers, inside a session at ``point``.
+
+    Args:
+        numbers: any shape, B of them, with a graph; it is kept.
+        point: whose leaves they depend on.
+
+    Returns:
+        ``(B, n)``, in the dtype and on the device of the point; zero where a number does not depend on a leaf.
+
+    Cost: one backward pass each.
+    """
+    found = torch.empty(numbers.numel(), point.n, dtype=point.dtype, device=point.device)
+    for row, number in zip(found, numbers.reshape(-1), strict=True):
+        parts = torch.autograd.grad(number, point.leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        row.copy_(point.join(parts))
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from os import PathLike, fspath
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from monitor.curvature.closure import LossClosure, Selection
+from monitor.curvature.closure import LossClosure, Point, Selection, clean
 from monitor.curvature.environment import Mode
 from monitor.curvature.lanczos import Array, lanczos
 from monitor.curvature.products import EmpiricalFisher, Hessian, combined
@@ -170,6 +172,8 @@ def loss_changes(losses: npt.ArrayLike, *, quantile: float = 0.02) -> LossChange
 
 def trajectory_kl(past: Tensor, now: Tensor, *, temperature: float = 5.0) -> float:
     """How far the model's predictions have moved: the mean of KL(softmax(past/τ) ‖ softmax(now/τ)), in nats.
+
+    `monitor.probes.TrajectoryKL` records it during training.
 
     Args:
         past: ``(…, classes)``, the logits of some examples a few epochs ago.
@@ -342,33 +346,96 @@ class Barrier:
     losses: Array
 
 
-def barrier(closure: LossClosure, other: Mapping[str, Tensor], *, points: int = 21) -> Barrier:
-    """The loss barrier between a model and another state of it: max over α of L((1−α)A + αB) − ((1−α)L(A) + αL(B)).
+def barrier(
+    closure: LossClosure,
+    other: Mapping[str, Any] | str | PathLike[str],
+    *,
+    first: Mapping[str, Any] | str | PathLike[str] | None = None,
+    points: int = 21,
+) -> Barrier:
+    """The loss barrier between two states of a model: max over α of L((1−α)A + αB) − ((1−α)L(A) + αL(B)).
+
+    ::
+
+        closure = LossClosure(model, F.cross_entropy, (x, y), mode="train")
+        barrier(closure, other.state_dict())                        # from where the model is now
+        barrier(closure, "epoch_90.pt", first="epoch_10.pt")        # between two checkpoints
 
     Args:
-        closure: the loss, of the first model; with BatchNorm use ``mode="train"``, because running statistics of the
-            end points are wrong in between.
-        other: the second model's parameters by name, such as its ``state_dict()``; other entries are ignored.
-        points: evaluations, the ends included.
+        closure: the loss. With BatchNorm use ``mode="train"``, because the running statistics of the end points are
+            wrong in between.
+        other: B's parameters by name, such as its ``state_dict()``, or the path of a file that `torch.save` wrote one
+            to; it is read with ``weights_only=True``, so that nothing in it is executed. Entries that are no parameter
+            are ignored.
+        first: A, likewise; default the model as it is.
+        points: evaluations, the ends included, at least 3.
 
     Returns:
         The barrier. The model is not moved.
 
     Raises:
-        UsageError: if a parameter is missing from ``other`` or has another shape.
+        UsageError: if a state lacks a parameter or has another shape of one, a file holds no state, running statistics
+            differ that ``mode="eval"`` would mix up, or there are too few points.
 
     Source: Frankle et al. (2020), Linear mode connectivity; Entezari et al. (2022) for the excess over the line.
     """
+    if points < 3:
+        raise UsageError(f"points={points}; expected at least 3, the ends included.")
     point = closure.point()
-    differences = []
-    for name, leaf in zip(point.names, point.leaves, strict=True):
-        if name not in other or other[name].shape != leaf.shape:
-            got = tuple(other[name].shape) if name in other else "nothing"
-            raise UsageError(f"other has {got} for parameter {name}; expected shape {tuple(leaf.shape)}.")
-        differences.append(other[name].to(leaf) - leaf.detach())
-    step = point.join(differences)
+    states = {which: _state(given, which) for which, given in (("first", first), ("other", other)) if given is not None}
+    if closure.mode == "eval":
+        _same_statistics(closure, states)
+    start = _offset(point, states["first"], "first") if "first" in states else None
+    step = _offset(point, states["other"], "other")
+    if start is not None:
+        step -= start
     alphas = np.linspace(0, 1, points)
     with closure.session(point):
-        losses = np.array([closure.value(point.moved(float(a) * step)) for a in alphas])
+        ahead = (float(a) * step if start is None else start + float(a) * step for a in alphas)
+        losses = np.array([closure.value(point.moved(offset)) for offset in ahead])
     excess = losses - ((1 - alphas) * losses[0] + alphas * losses[-1])
     return Barrier(float(excess.max()), alphas, losses)
+
+
+def _state(given: Mapping[str, Any] | str | PathLike[str], which: str) -> dict[str, Any]:
+    """Tensors by the names that the bare model has; what compiling and wrapping put before them is taken away."""
+    held: Any = given
+    if not isinstance(given, Mapping):
+        which = fspath(given)
+        try:
+            held = torch.load(given, map_location="cpu", weights_only=True)
+        except UnpicklingError:
+            raise UsageError(f"{which} holds more than tensors, and code is not run; save a state_dict.") from None
+    if not isinstance(held, Mapping) or not any(isinstance(t, Tensor) for t in held.values()):
+        keys = ", ".join(map(str, held)) if isinstance(held, Mapping) else ""
+        got = f"the keys {keys}" if keys else f"a {type(held).__name__} without tensors"
+        raise UsageError(f"{which} holds {got}; expected a state_dict, names and tensors. Pass the part that is one.")
+    named = {clean(str(name)): t for name, t in held.items()}
+    wrapped = all(name.startswith("module.") for name in named)
+    return {name.removeprefix("module.") if wrapped else name: t for name, t in named.items()}
+
+
+def _offset(point: Point, state: Mapping[str, Any], which: str) -> Tensor:
+    """From the point to ``state``, ``(n,)``."""
+    differences, faults = [], []
+    for name, leaf in zip(point.names, point.leaves, strict=True):
+        t = state.get(name)
+        if isinstance(t, Tensor) and t.shape == leaf.shape:
+            differences.append(t.detach().to(leaf) - leaf.detach())
+        else:
+            got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else "nothing"
+            faults.append(f"{which} has {got} for parameter {name}; expected shape {tuple(leaf.shape)}")
+    if faults:
+        raise UsageError(faults[0] + (f" (and {len(faults) - 1} more like it)." if len(faults) > 1 else "."))
+    return point.join(differences)
+
+
+def _same_statistics(closure: LossClosure, states: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, own in closure.model.named_buffers():
+        for which, state in states.items():
+            t = state.get(clean(name))
+            if isinstance(t, Tensor) and own.is_floating_point() and not torch.equal(t.to(own), own):
+                raise UsageError(
+                    f"{which} has another {clean(name)} than the model, which alone would be used for all of the line; "
+                    'build the LossClosure with mode="train", so that statistics are those of the batch.'
+                )

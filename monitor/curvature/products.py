@@ -99,7 +99,8 @@ class Hessian(ClosureOperator):
     built once and kept (2.0; refused by autograd once the parameters have changed), ``recompute`` the same without
     keeping it (2.6), ``forward`` forward-over-reverse (3.6), ``difference`` central finite difference of the gradient
     (2.0; for smooth networks only: on a ReLU network it can be wrong by more than 100 %). ``auto`` takes the first of
-    cached, recompute, forward that the model and the memory allow; several batches are never cached.
+    cached, recompute, forward that the model and the memory allow, and gives the cached graph up where memory ends
+    later; several batches are never cached.
 
     Args:
         closure: the loss.
@@ -123,11 +124,18 @@ class Hessian(ClosureOperator):
             raise UsageError(f"way={way!r}; expected one of {', '.join(get_args(Way))}.")
         self.way: Way = way
         self.unused: tuple[str, ...] = ()
+        self._chosen = False
         self._graph: _Graph | None = None
 
     def _product(self, vector: Tensor) -> Tensor:
         if self.way != "auto":
-            return self._by(self.way, vector)
+            try:
+                return self._by(self.way, vector)
+            except RuntimeError as e:
+                if not (self._chosen and self.way == "cached" and _out_of_memory(e)):
+                    raise
+            self._graph, self.way = None, "recompute"  # what else the caller holds has grown since the graph was built
+            return self._recompute(vector)
         failures: list[str] = []
         last: Exception | None = None
         ladder: tuple[Way, ...] = ("cached", "recompute", "forward")
@@ -135,10 +143,11 @@ class Hessian(ClosureOperator):
             try:
                 product = self._by(way, vector)
             except RuntimeError as e:
-                self._graph, last = None, e
+                # a traceback holds every frame and with it the graph, for which there may have been no room
+                self._graph, last = None, e.with_traceback(None)
                 failures.append(f"{way}: {str(e).splitlines()[0][:160]}")
                 continue
-            self.way = way
+            self.way, self._chosen = way, True
             return product
         raise MonitorError(
             f"no exact Hessian product works for {type(self.closure.model).__name__} ({'; '.join(failures)}). "
@@ -217,6 +226,10 @@ class Hessian(ClosureOperator):
         for batch in self.closure.batches:
             total.add_(product(batch), alpha=batch.weight)
         return total
+
+
+def _out_of_memory(e: RuntimeError) -> bool:
+    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)  # the CPU has no class of its own
 
 
 class _Graph(NamedTuple):

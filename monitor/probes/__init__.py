@@ -14,11 +14,13 @@ _HOME = {
     "Curvature": "curvature",
     "EmbeddingGini": "embedding_gini",
     "FourierLosses": "fourier",
+    "JacobianSpectrum": "jacobian_spectrum",
     "LocalComplexity": "local_complexity",
     "Memorisation": "memorisation",
     "OddFraction": "odd_fraction",
     "Pathways": "pathways",
     "Sources": "sources",
+    "TrajectoryKL": "trajectory_kl",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,7 +10,6 @@ gradient is the one that the optimizer is about to use.
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from monitor.curvature.spectrum import block_spectra
 from monitor.curvature.stability import stability
 from monitor.curvature.trace import Estimate, traces
 from monitor.errors import UsageError
+from monitor.probes import _cross_entropy
 from monitor.probes._rebuilt import Rebuilt, Refused, given, rebuilt
 from monitor.record.probe import Moment, Probe
 
@@ -113,6 +113,10 @@ class Curvature(Probe):
     dtype: torch.dtype | None = None
 
     name = "curvature"
+    elsewhere = (
+        "measure between two steps, in every process at once: "
+        "monitor.curvature.spectrum(model, LossClosure(model, loss_fn, batch, group=torch.distributed.group.WORLD))"
+    )
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
@@ -303,7 +307,7 @@ class _Measurement:
         # as an output of the closure, so that random numbers and buffers are in order
         data = tape.copy(self.closure.dtype)
         calls = self.closure.outputs(Batch(lambda: data.calls(F.cross_entropy), lambda x: x))
-        losses = [_rows(args, kwargs) for args, kwargs, _ in calls]
+        losses = [_cross_entropy.losses(args, kwargs) for args, kwargs, _ in calls]
         losses = [(loss, counted) for loss, counted in losses if loss.requires_grad]
         if not losses:
             return
@@ -365,21 +369,6 @@ def _first(e: Eigenvalues, i: int = 0) -> tuple[float, float, float]:
 def _honest(e: Eigenvalues, run: Krylov) -> Eigenvalues:
     """Nothing has converged where the operator was not even symmetric."""
     return e if run.asymmetry <= ASYMMETRY else Eigenvalues(e.values, e.residuals, np.zeros_like(e.converged))
-
-
-_CROSS_ENTROPY = inspect.signature(F.cross_entropy)
-
-
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Every row's own loss of one call of cross_entropy, ``(row,)``, and which of them count."""
-    bound = _CROSS_ENTROPY.bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = bound.arguments | {"reduction": "none", "size_average": None, "reduce": None}
-    loss = F.cross_entropy(**call).reshape(-1)
-    target = call["target"]
-    if target.is_floating_point():
-        return loss, torch.ones_like(loss, dtype=torch.bool)
-    return loss, target.reshape(-1) != call["ignore_index"]
 
 
 def _slopes(losses: Tensor, H: Hessian, u: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -240,6 +241,63 @@ def test_barrier():
     assert model.weight.item() == -1.0
 
 
+def test_barrier_between_checkpoints(tmp_path):
+    """Oracle: naive transcription: losses of models that are interpolated by hand; states, files, wrapped names."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.randint(0, 3, (30,))
+    models = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(3)]
+    here, a, b = (m.state_dict() for m in models)
+    losses = []
+    for alpha in np.linspace(0, 1, 5):
+        mixed = {k: (1 - alpha) * a[k] + alpha * b[k] for k in a}
+        losses.append(float(F.cross_entropy(torch.func.functional_call(models[0], mixed, (x,)), y)))
+    line = np.linspace(losses[0], losses[-1], 5)
+    torch.save(a, tmp_path / "a.pt")
+    torch.save({f"module.{k}": v for k, v in b.items()}, tmp_path / "b.pt")
+    before = {k: v.clone() for k, v in here.items()}
+    closure = LossClosure(models[0], F.cross_entropy, (x, y))
+    for first, other in [(a, b), (str(tmp_path / "a.pt"), tmp_path / "b.pt"), (models[1].state_dict(), b)]:
+        found = barrier(closure, other, first=first, points=5)
+        np.testing.assert_allclose(found.losses, losses, rtol=1e-12)
+        assert found.height == pytest.approx(float((losses - line).max()))
+    models[0].load_state_dict(a)
+    np.testing.assert_allclose(barrier(closure, b, points=5).losses, losses, rtol=1e-12)
+    models[0].load_state_dict(before)
+
+
+def test_barrier_with_running_statistics(tmp_path):
+    """Oracle: planted fault and naive transcription: other statistics are refused in evaluation, unused in training."""
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.randint(0, 3, (30,))
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    other = {k: v + 0.1 * torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    with pytest.raises(UsageError, match=r'other has another 1\.running_mean.*mode="train"'):
+        barrier(LossClosure(model, F.cross_entropy, (x, y)), other)
+    found = barrier(LossClosure(model, F.cross_entropy, (x, y), mode="train"), other, points=3)
+    mixed = {k: (model.state_dict()[k] + other[k]) / 2 for k, _ in model.named_parameters()}
+    assert found.losses[1] == pytest.approx(
+        float(F.cross_entropy(torch.func.functional_call(model, mixed, (x,)), y)), rel=1e-9
+    )
+    assert barrier(LossClosure(model, F.cross_entropy, (x, y)), model.state_dict()).height == 0.0
+
+
+def test_barrier_reads_no_code(tmp_path):
+    """Oracle: planted fault: a file that would run something when unpickled is refused, one of something else named."""
+
+    class Run:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "made"),))
+
+    torch.save({"weight": Run()}, tmp_path / "bad.pt")
+    torch.save({"epoch": 3, "model": {"weight": torch.ones(1, 1)}}, tmp_path / "nested.pt")
+    closure = LossClosure(nn.Linear(1, 1, bias=False), F.mse_loss, (torch.ones(2, 1), torch.ones(2, 1)))
+    with pytest.raises(UsageError, match=r"bad\.pt holds more than tensors, and code is not run"):
+        barrier(closure, tmp_path / "bad.pt")
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(UsageError, match=r"nested\.pt holds the keys epoch, model; expected a state_dict"):
+        barrier(closure, tmp_path / "nested.pt")
+
+
 def test_messages(classifier):
     """Oracle: planted fault."""
     c = closure(classifier)
@@ -255,7 +313,10 @@ def test_messages(classifier):
         (lambda: loss_changes([[1.0, np.nan], [1, 2]]), "all finite"),
         (lambda: loss_changes(np.ones((2, 9))), "changed the loss of no example"),
         (lambda: trajectory_kl(torch.ones(3, 4), torch.ones(3, 5)), "expected equal"),
-        (lambda: barrier(c, {}), r"other has nothing for parameter 0\.weight"),
+        (lambda: barrier(c, {"0.bias": torch.ones(6)}), r"other has nothing for parameter 0\.weight.*\(and 4 more"),
+        (lambda: barrier(c, {k: v[:2] for k, v in classifier.model.state_dict().items()}), r"has shape \(2, 5\) for"),
+        (lambda: barrier(c, {}), "expected a state_dict"),
+        (lambda: barrier(c, classifier.model.state_dict(), points=2), "at least 3"),
     ]:
         with pytest.raises(UsageError, match=message):
             call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,20 +91,8 @@ def test_one_direction_is_found(mean: float, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("lr", "patch"), [(0.4, True), (0.4, False), (0.1, True)])
 def test_opposing_groups_are_found(lr: float, patch: bool, tmp_path: Path) -> None:
-    """Oracle: planted fault. Twenty of 1,000 digits share a bright corner, half of them labelled 0, half 1."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:1000]
-    x, y = torch.tensor(images / 16, dtype=torch.float32)[order], torch.tensor(labels)[order]
-    if patch:
-        x.view(-1, 8, 8)[:20, :2, :2] = 6.0
-        y[:20] = torch.tensor([0, 1]).repeat_interleave(10)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10))
-    found = full_batch(tmp_path / "run", model, lambda: F.cross_entropy(model(x), y), lr, 400)
+    """Oracle: planted fault. The training of the sample run, and without its bright corner or its large step."""
+    script = runpy.run_path(str(Path(__file__).parents[3] / "sample_runs" / "opposing_signals.py"))
+    script["main"](str(tmp_path / "run"), lr=lr, patch=patch, steps=400)
+    found = {f.rule for f in monitor.open(tmp_path / "run").findings()}
     assert ("opposing_groups" in found) == (patch and lr == 0.4)
-    if found:
-        run = monitor.open(tmp_path / "run")
-        rows = run.table("opposing_signals", 360).to_pydict()["row"]
-        assert sum(row < 20 for row in (*rows[:5], *rows[-5:])) >= 8

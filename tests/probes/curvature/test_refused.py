@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,20 @@ def test_what_cannot_be_differentiated_twice_is_named(reentrant: bool, why: str,
 
 @pytest.mark.slow
 def test_several_processes_are_refused(tmp_path: Path) -> None:
-    """Oracle: planted fault. Two real processes train together: neither waits, and the run says why."""
+    """Oracle: planted fault, and what the run says to do instead, done. Two real processes train: neither waits.
+
+    Measured in both between two steps, as told, both have the sharpness of all the data.
+    """
     torch.multiprocessing.spawn(_rank, args=(tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     run = monitor.open(tmp_path / "run")
     assert run.steps == 4
     assert "several processes train together" in absent(run)["curvature"]
+    assert "in every process at once: monitor.curvature.spectrum(" in absent(run)["curvature"]
     assert "sharpness.value" not in run.refs()
+    assert not run.warnings
+    assert len(run.series("loss.value")[0]) == 4
+    together = [float((tmp_path / f"sharpness{rank}").read_text()) for rank in (0, 1)]
+    assert together[0] == together[1] == pytest.approx(float((tmp_path / "alone").read_text()), rel=1e-3)
 
 
 def _rank(rank: int, folder: Path) -> None:
@@ -162,9 +171,18 @@ def _rank(rank: int, folder: Path) -> None:
     trainings.seed()
     model = nn.parallel.DistributedDataParallel(trainings.mlp())
     opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    seen: list[tuple[Tensor, Tensor]] = []
     with monitor.attach(model, folder / "run", curvature=Curvature(every=2)):
         for x, y in trainings.batches(4):
+            seen.append((x, y))
             opt.zero_grad()
             F.cross_entropy(model(x), y).backward()
             opt.step()
+            if len(seen) == 2:
+                measure = partial(monitor.curvature.spectrum, top=1, steps=0, samples=0)
+                x, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+                closure = monitor.curvature.LossClosure(model, F.cross_entropy, seen[rank], group=dist.group.WORLD)
+                (folder / f"sharpness{rank}").write_text(str(measure(model, closure).sharpness))
+                if rank == 0:
+                    (folder / "alone").write_text(str(measure(model.module, F.cross_entropy, (x, y)).sharpness))
     dist.destroy_process_group()
