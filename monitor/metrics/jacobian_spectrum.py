@@ -1,8 +1,8 @@
 """How independently single examples can be fitted: the singular values σ of their gradients, one a row.
 
-    J_i = ∇ℓ_i,   effective_rank = exp(−Σ p ln p),  p = σ / Σσ,   condition = (σ_max / σ_min⁺)²
+    J_i = ∇ℓ_i,   effective_rank = exp(−Σ p ln p),  p = σ / Σσ,   condition = (σ_max / σ_min)²
 
-``rank`` counts the singular values above what rounding leaves, σ_min⁺ is the smallest of these, and ``rows`` says of
+``rank`` counts the singular values above what rounding leaves, σ_min is the smallest of these, and ``rows`` says of
 how many examples the spectrum is: no rank exceeds it. The examples are the same at each measurement, rows of the first
 batch of the run, in evaluation mode. The singular values themselves are in the table ``jacobian_spectrum``. Measured by
 the probe `monitor.probes.JacobianSpectrum`.
