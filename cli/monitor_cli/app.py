@@ -32,9 +32,10 @@ for command in (inspect, compare, explain, dashboard):
 # A terminal that cannot show a sparkline or a formula gets these instead, in place of an error or a "?".
 _WORDS = {
     "Σ": "sum", "Θ": "Theta", "α": "alpha", "β": "beta", "γ": "gamma", "ε": "eps", "η": "eta", "θ": "theta",
-    "λ": "lambda", "μ": "mu", "π": "pi", "σ": "sigma", "τ": "tau", "∂": "d", "∇": "grad", "√": "sqrt", "‖": "||", "ℓ": "l",
-    "²": "^2", "³": "^3", "⁴": "^4", "ᵀ": "^T", "ᵗ": "^t", "₁": "_1", "₂": "_2", "½": "1/2", "≤": "<=", "≥": ">=",
-    "≠": "!=", "±": "+-", "⟨": "<", "⟩": ">", "⌈": "ceil(", "⌉": ")", "\N{COMBINING CIRCUMFLEX ACCENT}": "^", "é": "e",
+    "λ": "lambda", "μ": "mu", "π": "pi", "σ": "sigma", "τ": "tau", "∂": "d", "∇": "grad", "√": "sqrt", "‖": "||",
+    "ℓ": "l", "²": "^2", "³": "^3", "⁴": "^4", "ᵀ": "^T", "ᵗ": "^t", "₁": "_1", "₂": "_2", "½": "1/2", "≤": "<=",
+    "≥": ">=", "≠": "!=", "±": "+-", "⟨": "<", "⟩": ">", "⌈": "ceil(", "⌉": ")", "\N{COMBINING CIRCUMFLEX ACCENT}": "^",
+    "é": "e",
 }  # fmt: skip
 _ASCII = str.maketrans("▁▂▃▄▅▆▇█" + "×·…–—−→■▲◆●○", "_.-:=+*#" + "x.~--->!^+*o") | str.maketrans(_WORDS)
 
