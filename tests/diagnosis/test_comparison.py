@@ -21,6 +21,8 @@ from monitor.diagnosis.comparison import (
     BLOCK,
     HOLD,
     Departure,
+    Difference,
+    apart,
     band,
     compare,
     departures,
@@ -388,6 +390,13 @@ def test_names() -> None:
     assert names([Path("/r/a/x"), Path("/r/b/x"), Path("/r/b/y")]) == ["a/x", "b/x", "y"]
     assert names([Path("x"), Path("x")]) == ["x", "x"]
     assert names([]) == []
+
+
+def test_a_difference_can_be_seen() -> None:
+    """Oracle: definition. Of two values that look the same in the digits shown, what lies between them is said."""
+    assert apart(Difference("loss.value", "", "loss", 3, 9.951, 9.9512)) == "9.951, 0.0002 apart"
+    assert apart(Difference("loss.value", "", "loss", 3, 1.0, 2.0)) == "2 against 1"
+    assert apart(Difference("loss.value", "", "loss", 3, float("nan"), 2.0)) == "2 against nan"
 
 
 def test_only_so_many_runs_are_laid_over_the_first(tmp_path: Path) -> None:

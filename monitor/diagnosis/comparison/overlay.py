@@ -151,7 +151,10 @@ def apart(d: Difference) -> str:
     """How far apart two runs are in a series, in words."""
     if isinstance(d, Departure) and not math.isnan(d.low):
         return f"{number(d.value)}, band {number(d.low)} to {number(d.high)}"
-    return f"{number(d.value)} against {number(d.reference)}"
+    value, reference = number(d.value), number(d.reference)
+    if value == reference:  # to the digits that are shown
+        return f"{value}, {number(abs(d.value - d.reference))} apart"
+    return f"{value} against {reference}"
 
 
 def same(p: Parting) -> str:
