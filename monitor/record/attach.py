@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,12 +23,12 @@ from monitor.metric import load_metrics
 from monitor.record.budget import Account
 from monitor.record.facts import unwrap, versions
 from monitor.record.flush import Flusher, to_stderr
-from monitor.record.part import Part, Place, hear, parted, rank, tell
+from monitor.record.part import Part, Place, hear, is_parted, next_recording, rank, ranks_with_parts, sharers, tell
 from monitor.record.private import quiet
 from monitor.record.probe import Probe
 from monitor.record.recorder import SHARDED, Recorder
 from monitor.record.sites.logged import LoggedSite
-from monitor.store.ranks import Others
+from monitor.store.ranks import Others, others_fact
 from monitor.store.run import open_run
 from monitor.store.writer import RunWriter
 
@@ -228,11 +227,13 @@ def begin(
 ) -> Handle:
     """Start a recording, in the first of several processes; arguments are those of `attach`, checked.
 
-    The others record only their parts of parameters, if every process has a part of its own.
+    The others record only their parts of parameters, if they have any that the first one does not have.
     """
-    several = parted(models)
+    recording = next_recording()
     if rank() != 0:
-        return _begin_part(models, optimizers, follow_all, every) if several else Handle(None, None)
+        parted = any(is_parted(p) for m in models for p in m.parameters())
+        return _begin_part(recording, models, optimizers, follow_all, every) if parted else Handle(None, None)
+    others = ranks_with_parts(models)
     script = _script()
     folder = Path(run_dir) if run_dir is not None else _default_folder(script)
     place = Place()
@@ -243,12 +244,12 @@ def begin(
         to_stderr(f"cannot write {_short(folder)} ({e.strerror or e}); training goes on unrecorded")
         return Handle(None, None)
     finally:
-        if several:
-            tell(place)
+        if others:
+            tell(recording, place)
     try:
-        if several:
-            writer.others = Others(writer.path, writer.attempt, dist.get_world_size())
-            writer.update(facts={"processes": dist.get_world_size()})
+        if others:
+            writer.others = Others(writer.path, writer.attempt, others)
+            writer.update(facts=others_fact(writer.attempt, others))
         flusher = Flusher(writer, to_stderr)
         with quiet():
             recorder = Recorder(
@@ -280,9 +281,11 @@ def begin(
     return handle
 
 
-def _begin_part(models: Sequence[nn.Module], optimizers: Sequence[Optimizer], follow_all: bool, every: int) -> Handle:
+def _begin_part(
+    recording: str, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], follow_all: bool, every: int
+) -> Handle:
     """Record this process's parts into the run of the first one."""
-    place = hear()
+    place = hear(recording)
     if not place.path:
         return Handle(None, None)  # the first one says why, or its run says that this one is silent
     try:
@@ -311,10 +314,16 @@ def _missing(recorder: Recorder, others: Others | None) -> list[tuple[str, str]]
     found = recorder.missing()
     if others is None or SHARDED not in found:
         return found
-    found = [m for m in found if m != SHARDED]
+    why = None
     if others.silent:
-        why = f"{SHARDED[1]}, for process {others.silent[0]} recorded nothing here"
-        return [*found, (SHARDED[0], why)]
+        why = f"for process {others.silent[0]} recorded nothing here"
+    elif others.alone is not None:
+        why = f"up to step {others.alone:,}: another began to record later"
+    elif not all(sharers(p) for root in recorder.roots for p in root.parameters() if hasattr(p, "_local_tensor")):
+        why = "where they are spread in other ways than by cutting"
+    found = [m for m in found if m != SHARDED]
+    if why is not None:
+        return [*found, (SHARDED[0], f"{SHARDED[1]}, {why}")]
     return [*found, ("eps_ratio", "the parameters are sharded: second moments are those of this process alone")]
 
 

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,11 +79,13 @@ class Followed:
             if (copy := known()) is not None and key in self._names:
                 self._names[id(copy)] = self._names[key]
 
-    def _look_up_copies(self, others: Sequence[Tensor]) -> None:
+    def _look_up_copies(self, optimizer: Optimizer) -> None:
         """Find what the tensors of an optimizer that are no parameters of the roots are 32-bit copies of."""
+        groups = [[p for p in g["params"] if id(p) not in self._names] for g in optimizer.param_groups]
+        own = {id(p) for g in optimizer.param_groups for p in g["params"]}
         narrow = [p for root in self.roots for p in root.parameters() if p.requires_grad and p.dtype in NARROW]
         with quiet():
-            found = copies(narrow, others)
+            found = copies([p for p in narrow if id(p) not in own], groups)
         for p, copy in found:
             self._copies[id(p)] = weakref.ref(copy)
             self._named_at = -1
@@ -112,7 +115,7 @@ class Followed:
         if known is None:
             params = [p for g in optimizer.param_groups for p in g["params"]]
             if not all(id(p) in self._names for p in params):
-                self._look_up_copies([p for p in params if id(p) not in self._names])
+                self._look_up_copies(optimizer)
                 self._look_up_names(step)
             trained = [id(p) in self._names for p in params]
             known = id(optimizer) in self._only if self._only else any(trained)
@@ -173,7 +176,8 @@ class Followed:
     @property
     def sharded(self) -> bool:
         """True if this process holds only a part of some parameter."""
-        return any(hasattr(p, "_local_tensor") for root in self.roots for p in root.parameters())
+        parts = ((p, getattr(p, "_local_tensor", p)) for root in self.roots for p in root.parameters())
+        return any(part.shape != p.shape for p, part in parts)
 
     def orphaned(self) -> bool:
         """True if the optimizers are gone and nobody else holds a module of the roots: they cannot train any more."""
@@ -184,27 +188,48 @@ class Followed:
         return set(_references(modules)) == {_references([object()])[0] + 1}
 
 
-def copies(narrow: Sequence[Tensor], others: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def copies(narrow: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a 16-bit parameter and what an optimizer trains in its place: the same numbers in float32.
 
     Args:
         narrow: parameters of 16 bits, in order.
-        others: what the optimizer was given, before it has changed it.
+        groups: what the optimizer was given, before it has changed it.
 
     Returns:
-        Pairs of one shape, in order, whose first numbers are equal; waits for the device once.
+        Pairs of one shape whose first numbers are equal. Of several that are equal to each other, as biases that begin
+        at zero, the order decides, where it is known to be that of ``narrow``: the other pairs of each group have it.
+        Waits for the device.
     """
-    found, left = [], list(others)
-    for p in narrow:
-        if hasattr(p, "_local_tensor"):  # comparing those of several processes is work for all of them
-            continue
-        for i, copy in enumerate(left):
-            if copy.shape == p.shape and copy.dtype == torch.float32 and copy.device == p.device:
-                mine, its = (x.detach().reshape(-1)[:SEEN] for x in (p, copy))
-                if torch.equal(mine, its.to(p.dtype)):
-                    found.append((p, left.pop(i)))
-                    break
-    return found
+    others = [(x, g) for g, group in enumerate(groups) for x in group if x.dtype == torch.float32 and not _split(x)]
+    shapes = {(x.shape, x.device) for x, _ in others}
+    equal: dict[object, tuple[list[int], list[tuple[Tensor, int]]]] = {}
+    for i, p in enumerate(narrow):
+        if (p.shape, p.device) in shapes and not _split(p):
+            equal.setdefault(_sample(p, p.dtype), ([], []))[0].append(i)
+    for x, g in others:
+        for dtype in NARROW:
+            if (held := equal.get(_sample(x, dtype))) is not None:
+                held[1].append((x, g))
+                break
+    found = [(at[0], *copy[0]) for at, copy in equal.values() if len(at) == len(copy) == 1]
+    where = {id(x): n for n, (x, _) in enumerate(others)}
+    found.sort(key=lambda pair: where[id(pair[1])])
+    if len(found) > 1 and all(i < j or g != h for (i, _, g), (j, _, h) in pairwise(found)):
+        for at, copy in equal.values():
+            if len(at) == len(copy) > 1 and len({g for _, g in copy}) == 1:
+                found += [(i, *c) for i, c in zip(at, copy, strict=True)]
+    return [(narrow[i], x) for i, x, _ in found]
+
+
+def _split(t: Tensor) -> bool:
+    """True if comparing ``t`` is work for several processes, or there is nothing to compare."""
+    return hasattr(t, "_local_tensor") or t.device.type == "meta"
+
+
+def _sample(t: Tensor, dtype: torch.dtype) -> object:
+    """The first numbers of ``t`` in 16 bits, and what else must be the same of a copy."""
+    first = t.detach().reshape(-1)[:SEEN].to(dtype).view(torch.int16)
+    return t.shape, t.device, dtype, first.cpu().numpy().tobytes()
 
 
 def _device(module: nn.Module) -> torch.device | None:

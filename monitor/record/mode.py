@@ -20,7 +20,7 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from monitor.record.private import take_stack, transformed
+from monitor.record.private import never_compile, take_stack, transformed
 
 #: ``(args, kwargs, result)``; result is None when called before the function runs.
 Watcher = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
@@ -45,6 +45,7 @@ class StepMode(TorchFunctionMode):
         self.tape: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
         #: True while a watched function runs; the mode is off the stack then and must not be moved.
         self.inside = False
+        self._left_alone = False  # by Dynamo
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as if nobody watched, telling its watchers."""
@@ -82,6 +83,8 @@ class StepMode(TorchFunctionMode):
         At the bottom, a ``with`` block of the user's own mode that is open now still ends in its own order. So does
         ``with torch.device(…)``, which takes whatever is on top; only `torch.set_default_device` looks at the bottom.
         """
+        if not self._left_alone:
+            self._left_alone = never_compile(StepMode.__torch_function__.__code__)
         stack = take_stack()
         # the former is pushed from C++, the latter has been entered in Python
         at = 1 if stack and isinstance(stack[0], DeviceContext) and hasattr(stack[0], "old_device") else 0

@@ -1,4 +1,4 @@
-"""Recording in a process that is not the first, where every process holds a part of each parameter.
+"""Recording in a process that is not the first, where processes hold parts of parameters.
 
 The first process tells the others its run folder, through the store that they have in common; each writes the
 statistics of its own parts there, and the first one's writer thread joins them (`monitor.store.ranks`). No collective
@@ -10,22 +10,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from monitor.block import Layout, RawBlock
 from monitor.record.private import common_store
-from monitor.store.layout import TAIL, rank_name
+from monitor.store.layout import TAIL, names, rank_name
 from monitor.store.tail import TailWriter
 
 #: Seconds a process waits to be told the folder. The first one tells when it is attached at the same place.
 PATIENCE = 10.0
+#: Segments of its tail that wait for the first process: of more, it has stopped reading them.
+MOST = 64
 
 _recordings = count()
 
@@ -39,34 +43,59 @@ class Place:
     start_step: int = 0
 
 
-def is_parted(p: Tensor) -> bool:
-    """True if every process has a part of ``p`` that no other has, so that the parts make up the whole."""
+def sharers(p: Tensor) -> frozenset[int]:
+    """Ranks of the processes whose parts make up ``p``, each of its elements once, the first process among them.
+
+    Of several copies, each of which is sharded by itself, these are the processes that share the first one's. Empty if
+    ``p`` is no distributed tensor, or its parts do not simply make up the whole.
+    """
     placements, mesh = getattr(p, "placements", None), getattr(p, "device_mesh", None)
     if not placements or mesh is None or not dist.is_available() or not dist.is_initialized():
-        return False
-    return mesh.size() == dist.get_world_size() > 1 and all(x.is_shard() for x in placements)
+        return frozenset()
+    ranks = mesh.mesh.numpy()
+    first = np.argwhere(ranks == 0)
+    if len(first) != 1:
+        return frozenset()
+    for dim, placement in enumerate(placements):
+        if placement.is_replicate():
+            ranks = ranks.take([first[0, dim]], axis=dim)
+        elif not (placement.is_shard() or type(placement).__name__ == "_StridedShard"):
+            return frozenset()
+    return frozenset(map(int, ranks.flat))
 
 
-def parted(models: Iterable[nn.Module]) -> bool:
-    """True if some parameter of ``models`` is parted."""
-    return any(is_parted(p) for m in models for p in m.parameters())
+def is_parted(p: Tensor) -> bool:
+    """True if this process has a part of ``p`` that no other of its `sharers` has."""
+    ranks = sharers(p)
+    return len(ranks) > 1 and rank() in ranks
 
 
-def tell(place: Place) -> None:
-    """Tell the other processes where their next recording goes."""
+def ranks_with_parts(models: Iterable[nn.Module]) -> tuple[int, ...]:
+    """Ranks of the processes that have parts of parameters of ``models``, beside the first; in order."""
+    return tuple(sorted({r for m in models for p in m.parameters() for r in sharers(p)} - {0}))
+
+
+def next_recording() -> str:
+    """Name of the recording that begins; the same in every process, if each begins the same ones."""
+    return f"monitor/{next(_recordings)}"
+
+
+def tell(recording: str, place: Place) -> None:
+    """Tell the other processes where this recording goes."""
     store = common_store()
     if store is not None:
-        store.set(f"monitor/{next(_recordings)}", json.dumps(asdict(place)))
+        with suppress(RuntimeError):  # the process that keeps the store is gone
+            store.set(recording, json.dumps(asdict(place)))
 
 
-def hear() -> Place:
-    """Where this process's next recording goes; waits up to `PATIENCE` seconds to be told."""
-    store, key = common_store(), f"monitor/{next(_recordings)}"
+def hear(recording: str) -> Place:
+    """Where this recording goes; waits up to `PATIENCE` seconds to be told."""
+    store = common_store()
     if store is None:
         return Place()
     try:
-        store.wait([key], timedelta(seconds=PATIENCE))
-        place = Place(**json.loads(store.get(key)))
+        store.wait([recording], timedelta(seconds=PATIENCE))
+        place = Place(**json.loads(store.get(recording)))
     except (RuntimeError, ValueError, TypeError):  # nobody told in time
         return Place()
     return place if place.path and Path(place.path).is_dir() else Place()  # or the disk is another one
@@ -88,6 +117,8 @@ class Part:
         folder = self.path / rank_name(rank) / TAIL
         folder.mkdir(parents=True, exist_ok=True)
         self._tail = TailWriter(folder, place.attempt, place.start_step)
+        self._segments = 0
+        self._stopped = False
 
     def layout(self, layout: Layout) -> None:
         """From now on rows have this layout."""
@@ -95,17 +126,22 @@ class Part:
 
     def row(self, step: int, layout_number: int, payload: bytes) -> None:
         """Write a row."""
-        self._tail.row(step, layout_number, payload)
+        if not self._stopped:
+            self._tail.row(step, layout_number, payload)
 
     def take(self, block: RawBlock) -> None:
         """Begin a new segment: the first process removes those that are complete."""
         self._tail.rotate(int(block.steps[-1]) + 1)
+        self._segments += 1
+        if self._segments % MOST == 0 and len(names(self.path, TAIL, rank())) >= MOST:
+            self._stopped = True
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Are those of the first process."""
 
     def warn(self, text: str) -> None:
-        """Is said by the process itself; the run's warnings belong to the first."""
+        """Is said by the process itself, which writes no more: what it leaves out would be taken for no part at all."""
+        self._stopped = True
 
     def table(self, name: str, step: int, table: Any) -> None:
         """Tables are the first one's."""
@@ -117,6 +153,8 @@ class Part:
 
 
 def rank() -> int:
-    """Of this process, as launchers say it; 0 if there are no others."""
+    """Of this process, as torch or else launchers say it; 0 if there are no others."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
     given = os.environ.get("RANK", "0")
     return int(given) if given.isdigit() else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,6 +79,20 @@ def stop_hearing(compiling: Compiling) -> None:
     """Have it called no more."""
     with contextlib.suppress(ValueError):
         sys.modules["torch._dynamo"].callback_handler.remove_start_callback(compiling)
+
+
+def never_compile(code: types.CodeType) -> bool:
+    """Have Dynamo leave calls of a function to Python that happen where what it compiles is interrupted.
+
+    It would take the function for part of a graph there: of one that asks whether it is compiled, the result is lost.
+
+    Returns:
+        False if Dynamo is not there yet.
+    """
+    skip = getattr(sys.modules.get("torch._dynamo.eval_frame"), "skip_code", None)
+    if skip is not None:
+        skip(code)
+    return skip is not None
 
 
 def take_stack() -> list[TorchFunctionMode]:

@@ -283,6 +283,8 @@ class Recorder:
         """Write the statistics of several modules: ``values`` is ``(module, statistic)``, as in `emit`."""
         if self._only is not None:
             chosen = [i for i, name in enumerate(modules) if name in self._only]
+            if not chosen:
+                return
             modules = [modules[i] for i in chosen]
             values = values[chosen] if isinstance(values, Tensor) else np.asarray(values)[chosen]
         self._open_row.emit_many(reads, stats, modules, values, at)

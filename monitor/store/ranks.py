@@ -1,4 +1,4 @@
-"""Statistics of tensors of which every process has a part: each writes those of its own, and the first joins them.
+"""Statistics of tensors of which several processes have parts: each writes those of its own, the first joins them.
 
     rank1/tail/…    rows of the process with rank 1: what it says of its parts, a frame a step, as in any tail
 
@@ -36,16 +36,22 @@ MOST = 1 << 16
 _Wide = npt.NDArray[np.float64]
 
 
-def processes(info: Mapping[str, Any]) -> int:
-    """How many processes recorded parts of a run, as its run.json says; 1 if only the first recorded."""
-    number = info["facts"].get("processes")
-    return number if isinstance(number, int) and 1 <= number <= MOST else 1
+def others_fact(attempt: int, ranks: Sequence[int]) -> dict[str, Any]:
+    """What run.json says of the other processes that record parts in an attempt, as `others_of` reads it."""
+    return {f"others_{attempt}": list(ranks)}
 
 
-def read_others(folder: Path, attempt: int, processes: int) -> list[list[RawBlock]]:
-    """The rows of the ranks from 1 on, in order of steps; empty for one that has written nothing (or no longer)."""
+def others_of(info: Mapping[str, Any], attempt: int) -> tuple[int, ...]:
+    """Ranks of the other processes that recorded parts in an attempt, as the run's run.json says."""
+    given = info["facts"].get(f"others_{attempt}")
+    ranks = given[:MOST] if isinstance(given, list) else ()
+    return tuple(r for r in ranks if isinstance(r, int) and 1 <= r <= MOST)
+
+
+def read_others(folder: Path, attempt: int, ranks: Sequence[int]) -> list[list[RawBlock]]:
+    """The rows of these ranks, in order of steps; empty for one that has written nothing (or no longer)."""
     found = []
-    for rank in range(1, processes):
+    for rank in ranks:
         segments = [s for s in read_tail(folder, rank) if s.attempt == attempt]
         found.append([b for s in segments for b in s.blocks])
     return found
@@ -143,27 +149,33 @@ class Others:
     Args:
         folder: the run folder.
         attempt: the attempt that is being recorded.
-        processes: how many there are, the first included.
+        ranks: of the others.
 
     Attributes:
         silent: ranks of which nothing was found; while there are any, nothing is joined.
+        alone: the last step at which nothing was joined; None if there was none.
     """
 
-    def __init__(self, folder: Path, attempt: int, processes: int) -> None:
-        self._folder, self._attempt, self._processes = folder, attempt, processes
+    def __init__(self, folder: Path, attempt: int, ranks: Sequence[int]) -> None:
+        self._folder, self._attempt, self._ranks = folder, attempt, ranks
         self._patience = PATIENCE
         self.silent: list[int] = []
+        self.alone: int | None = None
 
     def join(self, block: RawBlock) -> RawBlock:
         """`join` with what the others have written, after waiting for them a little."""
         last, end = int(block.steps[-1]), time.monotonic() + self._patience
         while True:
-            rows = read_others(self._folder, self._attempt, self._processes)
-            behind = [r for r, blocks in enumerate(rows, 1) if not blocks or int(blocks[-1].steps[-1]) < last]
+            rows = read_others(self._folder, self._attempt, self._ranks)
+            behind = [
+                r for r, blocks in zip(self._ranks, rows, strict=True) if not blocks or int(blocks[-1].steps[-1]) < last
+            ]
             if not behind or time.monotonic() >= end:
                 break
             time.sleep(0.02)
-        self.silent = [r for r, blocks in enumerate(rows, 1) if not blocks]
+        self.silent = [r for r, blocks in zip(self._ranks, rows, strict=True) if not blocks]
+        if self.silent:
+            self.alone = last
         self._patience = 0.0 if behind else PATIENCE  # one that has died is not waited for again and again
         return join(block, rows)
 
@@ -174,7 +186,7 @@ class Others:
             last: the last step that parts hold.
             ended: also the ones that may still be open: no more is recorded.
         """
-        for rank in range(1, self._processes):
+        for rank in self._ranks:
             segments = [s for s in read_tail(self._folder, rank) if s.attempt == self._attempt]
             for s in segments if ended else segments[:-1]:
                 if all(int(b.steps[-1]) <= last for b in s.blocks):

@@ -42,7 +42,7 @@ from monitor.store.parts import (
     visible,
 )
 from monitor.store.process import is_alive
-from monitor.store.ranks import join, processes, read_others
+from monitor.store.ranks import join, others_of, read_others
 from monitor.store.stored import Stored, read_findings
 from monitor.store.summary import SeriesSummary, Summaries, combine, read_summaries, summarise
 from monitor.store.tail import columns, read_tail
@@ -106,7 +106,7 @@ class Run:
         for attempt in sorted({s.attempt for s in segments}):
             mine = [s for s in segments if s.attempt == attempt]
             after = max((p.last for p in self._files if p.attempt == attempt), default=-1)
-            others = read_others(self.path, attempt, processes(info))
+            others = read_others(self.path, attempt, others_of(info, attempt))
             blocks = [join(b, others) for s in mine for b in s.blocks]
             steps = np.unique(np.concatenate([np.zeros(0, np.int64), *(b.steps for b in blocks)]))
             steps = steps[steps > after]

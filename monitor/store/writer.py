@@ -36,7 +36,7 @@ from monitor.store.parts import (
     write_table,
 )
 from monitor.store.process import this_process
-from monitor.store.ranks import Others, join, processes, read_others
+from monitor.store.ranks import Others, join, others_of, read_others
 from monitor.store.run import Run
 from monitor.store.stored import write_findings
 from monitor.store.summary import Summaries, joined_summaries, summarise, write_summaries
@@ -358,7 +358,8 @@ class RunWriter:
         for attempt in sorted({s.attempt for s in segments if s.attempt < self.attempt}):
             mine = [s for s in segments if s.attempt == attempt]
             after = max((p.last for p in parts if p.attempt == attempt), default=-1)
-            others = read_others(self.path, attempt, processes(self._info))
+            ranks = others_of(self._info, attempt)
+            others = read_others(self.path, attempt, ranks)
             blocks, faults = columns([join(b, others) for s in mine for b in s.blocks], metrics, after)
             if faults:
                 continue  # the rows stay for a version that knows the metrics they were recorded for
@@ -367,7 +368,7 @@ class RunWriter:
             self.update(warnings=[f"attempt {attempt}: {s.fault}" for s in mine if s.fault])
             for s in mine:
                 s.path.unlink(missing_ok=True)
-            Others(self.path, attempt, processes(self._info)).drop(sys.maxsize, ended=True)
+            Others(self.path, attempt, ranks).drop(sys.maxsize, ended=True)
 
 
 def _name(parts: Sequence[Part]) -> str:

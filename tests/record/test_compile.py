@@ -111,6 +111,19 @@ def test_no_graph_more_and_not_a_bit_different(how: Any, when: str, tmp_path: Pa
         assert losses == expected
 
 
+def test_modules_made_inside_a_compiled_function(tmp_path: Path) -> None:
+    """Oracle: definition. Its initialisation interrupts the graph, and is called with the mode on the stack."""
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = torch.compile(lambda: nn.Linear(4, 2)(x).sum(), backend=Backend())
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(4):
+            model(x).square().mean().backward()
+            made()
+            opt.step()
+    assert monitor.open(tmp_path / "run").steps == 4
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside the compiler
 def test_inductor_gives_the_same_bits(tmp_path: Path) -> None:
     """Oracle: invariance, under the default backend, which would fuse differently around a graph break."""

@@ -56,6 +56,7 @@ for step in range(20):
     opt.zero_grad()
     loss = F.cross_entropy(called(x), y)
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     opt.step()
     digest.update(loss.detach().numpy().tobytes())
 for p in model.parameters():
@@ -121,7 +122,7 @@ def test_two_gloo_processes(together: dict[str, tuple[list[str], list[str], moni
 WHOLE = (
     "grad_norm.norm", "grad_norm.max_abs", "grad_norm.nonfinite", "grad_norm_total.norm", "spam_spike.count",
     "param_norm.norm", "update_ratio.ratio", "update_ratio.update_norm", "distance_from_start.distance",
-    "distance_from_start.stderr", "nlm_cos.cos", "nlm_cos.total",
+    "distance_from_start.stderr", "nlm_cos.cos", "nlm_cos.total", "clip.coefficient",
 )  # fmt: skip
 
 

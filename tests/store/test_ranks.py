@@ -103,9 +103,10 @@ def test_the_writer_waits_a_little_and_clears_up(tmp_path: Path, monkeypatch: py
         tail.row(step, block.layout.number, row.tobytes())
         tail.rotate(step + 1)
     monkeypatch.setattr(ranks, "PATIENCE", 0.05)
-    others = Others(tmp_path, 0, 2)
+    others = Others(tmp_path, 0, [1])
     assert of(others.join(rows([0, 1], {"w": [[3, 1, 0, 0, 0]] * 2})), "w")[:, 0].tolist() == [5, 5]
     assert others.silent == []
+    assert others.alone is None
     assert of(others.join(rows([2], {"w": [[3, 1, 0, 0, 0]]})), "w")[:, 0].tolist() == [-1]
     others.drop(0)
     assert [p.name for p in folder.iterdir()] == ["0-000000001.tail"]
@@ -115,3 +116,4 @@ def test_the_writer_waits_a_little_and_clears_up(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
     others.join(block)
     assert others.silent == [1]
+    assert others.alone == 1

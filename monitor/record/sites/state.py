@@ -45,7 +45,10 @@ class StateSite(Site):
             return
         tensors, factor = args[0], args[1]
         if isinstance(factor, Tensor) and factor.dim() == 0 and tensors and self.rec.is_gradient(tensors[0]):
-            value = factor.detach().float()
+            placements = getattr(factor, "placements", ())
+            if not all(x.is_replicate() for x in placements):  # to know it, every process would have to take part
+                return
+            value = getattr(factor, "_local_tensor", factor).detach().float()
             held = self.clip
             self._clip = value if held is None else held * value.to(held.device)
             self._clip_epoch = self.rec.epoch
