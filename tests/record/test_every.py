@@ -61,7 +61,9 @@ def recorded(run: monitor.Run) -> dict[tuple[str, str], dict[int, float]]:
     return found
 
 
-@pytest.mark.parametrize("every", [4, 7, 16])
+@pytest.mark.parametrize(
+    "every", [pytest.param(4, marks=pytest.mark.slow), 7, pytest.param(16, marks=pytest.mark.slow)]
+)
 def test_what_is_seen_is_the_same(every: int, tmp_path: Path) -> None:
     """Oracle: invariance. Each value is that of a recording of all steps, and only steps that are due have one."""
     whole, thin = recorded(run_of(tmp_path / "whole", 1)), recorded(run_of(tmp_path / "thin", every))

@@ -231,7 +231,8 @@ print("digest", digest.hexdigest())
 """
 
 
-@pytest.mark.parametrize("forward", ["once", pytest.param("again", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("forward", ["once", "again"])
 def test_attention_by_hand_under_a_trainer(forward: str, tmp_path: Path) -> None:
     """Oracle: invariance. Llama's eager attention with dropout, also checkpointed: parameters and generator, heads."""
     pytest.importorskip("transformers")

@@ -60,7 +60,7 @@ def test_a_script_finds_itself_as_under_python(tmp_path: Path) -> None:
     assert ours.stdout == pythons.stdout
 
 
-@pytest.mark.parametrize("name", ["pkg.train", "pkg"])
+@pytest.mark.parametrize("name", [pytest.param("pkg.train", marks=pytest.mark.slow), "pkg"])
 def test_a_module_finds_itself_as_under_python(name: str, tmp_path: Path) -> None:
     """Oracle: independent library. ``python -m``, given a module and a package."""
     (tmp_path / "pkg").mkdir()
@@ -108,7 +108,9 @@ def test_no_such_module_is_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("name", "recorded"), [("grok.train", "train-"), ("grok", "grok-")])
+@pytest.mark.parametrize(
+    ("name", "recorded"), [("grok.train", "train-"), pytest.param("grok", "grok-", marks=pytest.mark.slow)]
+)
 def test_a_module_is_recorded(name: str, recorded: str, tmp_path: Path) -> None:
     """Oracle: definition. Workers that are spawned find it; a package gives the run its name, not ``__main__``."""
     (tmp_path / "grok").mkdir()
