@@ -200,11 +200,11 @@ def copies(narrow: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list
         at zero, the order decides, where it is known to be that of ``narrow``: the other pairs of each group have it.
         Waits for the device.
     """
-    others = [(x, g) for g, group in enumerate(groups) for x in group if x.dtype == torch.float32 and not _split(x)]
+    others = [(x, g) for g, group in enumerate(groups) for x in group if x.dtype == torch.float32 and not _odd(x)]
     shapes = {(x.shape, x.device) for x, _ in others}
     equal: dict[object, tuple[list[int], list[tuple[Tensor, int]]]] = {}
     for i, p in enumerate(narrow):
-        if (p.shape, p.device) in shapes and not _split(p):
+        if (p.shape, p.device) in shapes and not _odd(p):
             equal.setdefault(_sample(p, p.dtype), ([], []))[0].append(i)
     for x, g in others:
         for dtype in NARROW:
@@ -221,9 +221,9 @@ def copies(narrow: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list
     return [(narrow[i], x) for i, x, _ in found]
 
 
-def _split(t: Tensor) -> bool:
-    """True if comparing ``t`` is work for several processes, or there is nothing to compare."""
-    return hasattr(t, "_local_tensor") or t.device.type == "meta"
+def _odd(t: Tensor) -> bool:
+    """True if ``t`` is no plain tensor, as one of several processes, or there is nothing in it to compare."""
+    return type(t) not in (Tensor, nn.Parameter) or t.device.type == "meta"
 
 
 def _sample(t: Tensor, dtype: torch.dtype) -> object:

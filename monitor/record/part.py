@@ -47,8 +47,14 @@ def sharers(p: Tensor) -> frozenset[int]:
     """Ranks of the processes whose parts make up ``p``, each of its elements once, the first process among them.
 
     Of several copies, each of which is sharded by itself, these are the processes that share the first one's. Empty if
-    ``p`` is no distributed tensor, or its parts do not simply make up the whole.
+    ``p`` is no distributed tensor, its parts do not simply make up the whole, or it cannot be told.
     """
+    with suppress(Exception):  # asked by `attach`, outside every guard, of tensors of any library
+        return _sharers(p)
+    return frozenset()
+
+
+def _sharers(p: Tensor) -> frozenset[int]:
     placements, mesh = getattr(p, "placements", None), getattr(p, "device_mesh", None)
     if not placements or mesh is None or not dist.is_available() or not dist.is_initialized():
         return frozenset()

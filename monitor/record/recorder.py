@@ -39,57 +39,9 @@ from monitor.record.probe import Probe
 from monitor.record.ring import Values
 from monitor.record.rows import OpenRow
 from monitor.record.site import START, Site
+from monitor.record.sites._all import PARTED, SITES
 from monitor.record.sites._backward import BACKWARD
-from monitor.record.sites.activation import ActivationSite
-from monitor.record.sites.adam_state import AdamStateSite
-from monitor.record.sites.attention import AttentionSite
-from monitor.record.sites.batch_norm import BatchNormSite
-from monitor.record.sites.binary_loss import BinaryLossSite
-from monitor.record.sites.embedding import EmbeddingSite
-from monitor.record.sites.evaluation import EvaluationSite
-from monitor.record.sites.fused_loss import FusedLossSite
-from monitor.record.sites.gradient import GradientSite
-from monitor.record.sites.input import InputSite
-from monitor.record.sites.logged import LoggedSite
-from monitor.record.sites.logits import LogitsSite
-from monitor.record.sites.loss import LossSite
-from monitor.record.sites.norm import NormSite
-from monitor.record.sites.optimizer_age import OptimizerAgeSite
-from monitor.record.sites.parameter import ParameterSite
-from monitor.record.sites.probe import ProbeSite
-from monitor.record.sites.reuse import ReuseSite
-from monitor.record.sites.router import RouterSite
-from monitor.record.sites.state import StateSite
-from monitor.record.sites.stream import StreamSite
 from monitor.record.stack import Stack
-
-_SITES: tuple[type[Site], ...] = (
-    InputSite,
-    ActivationSite,
-    StreamSite,
-    NormSite,
-    BatchNormSite,
-    AttentionSite,
-    RouterSite,
-    LossSite,
-    LogitsSite,
-    FusedLossSite,
-    BinaryLossSite,
-    GradientSite,
-    ReuseSite,
-    ParameterSite,
-    EmbeddingSite,
-    AdamStateSite,
-    OptimizerAgeSite,
-    StateSite,
-    EvaluationSite,
-    LoggedSite,
-    ProbeSite,
-)
-
-
-#: Those that read nothing but parameters, their gradients and what the optimizer keeps of them.
-_PARTED: tuple[type[Site], ...] = (GradientSite, ParameterSite)
 
 #: What is absent unless the other processes record too.
 SHARDED = "grad_norm", "the parameters are sharded: norms are those of this process alone"
@@ -164,7 +116,7 @@ class Recorder:
         self._pid = os.getpid()
         self._missing: list[tuple[str, str]] | None = None
         self.active = True
-        self.sites: list[Site] = [kind(self) for kind in (_PARTED if part else _SITES)]
+        self.sites: list[Site] = [kind(self) for kind in (PARTED if part else SITES)]
         self._broken: set[str] = set()
         # most sites care for few of the moments of a step: call those only
         self._on = {

@@ -77,3 +77,16 @@ def test_rows_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Oracle: definition. If the first process records no longer, the others do not fill the disk."""
     monkeypatch.setattr(part, "MOST", 4)
     assert len(a_part(tmp_path, monkeypatch, 50)) == 4
+
+
+def test_a_tensor_that_cannot_be_asked() -> None:
+    """Oracle: definition. What has no mesh that is understood is not joined, and nothing is raised."""
+
+    class Odd:
+        placements = (object(),)
+
+        @property
+        def device_mesh(self) -> object:
+            raise RuntimeError("not mine to tell")
+
+    assert sharers(Odd()) == frozenset()  # type: ignore[arg-type]
