@@ -8,6 +8,7 @@ data, symmetric, and act on flat vectors over the selected parameters.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
@@ -63,7 +64,7 @@ class Operator:
             return torch.stack([self(row) for row in eye])
 
 
-class ClosureOperator(Operator):
+class ClosureOperator(Operator, ABC):
     """An operator of a `LossClosure` at the point where its model is now; ``point`` holds the stand-ins.
 
     Subclasses keep no reference to themselves, so that graphs are freed with the last use of the operator, and not by
@@ -88,8 +89,8 @@ class ClosureOperator(Operator):
         with self.closure.session(self.point):
             return self.closure.over_ranks(self._product(vector))
 
-    def _product(self, vector: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _product(self, vector: Tensor) -> Tensor: ...
 
 
 class Hessian(ClosureOperator):
@@ -306,10 +307,10 @@ class _OutputOperator(ClosureOperator):
 
         return _Linear(outputs, loss_of, push, pull)
 
+    @abstractmethod
     def _block(
         self, batch: Batch, outputs: list[Tensor], loss_of: Callable[[Sequence[Tensor]], Tensor]
-    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-        raise NotImplementedError
+    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]: ...
 
 
 class GaussNewton(_OutputOperator):

@@ -7,6 +7,7 @@ no trace and free what it built.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class Sparsely:
         return True
 
 
-class Probe:
+class Probe(ABC):
     """Base of all probes.
 
     Attributes:
@@ -141,7 +142,7 @@ class Probe:
     default = False
     elsewhere = ""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027  # most remember nothing
         """A recording begins: forget what is remembered of another."""
 
     def wanted(self, recorder: Recorder) -> str | None:
@@ -163,10 +164,10 @@ class Probe:
         """What it should have measured and did not get to in the time it may take; None if there is no such thing."""
         return None
 
+    @abstractmethod
     def measure(self, moment: Moment) -> None:
         """Measure and emit. Runs without gradients, with every mode of the user's and ours off.
 
         Raises:
             UsageError: if it cannot be done; the message goes into the run and the probe is not tried again.
         """
-        raise NotImplementedError

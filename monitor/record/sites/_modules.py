@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ EVERY, EARLY = 50, (3, 10, 25)
 MOST = 256
 
 
-class ModuleSite(Site):
+class ModuleSite(Site, ABC):
     """Base of sites that read what modules inside a root are called with and what they return.
 
     On few steps, and then in the first forward of each root only, hooks are set when the forward begins and are gone
@@ -43,24 +44,24 @@ class ModuleSite(Site):
 
     # ---- what a site says
 
+    @abstractmethod
     def choose(self, root: nn.Module, prefix: str) -> Iterable[tuple[nn.Module, str]]:
         """Modules of ``root`` to look at, with their names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, module: nn.Module, name: str, inputs: Tensor, output: Tensor) -> None:
         """One call: its first floating tensor and what came of it."""
-        raise NotImplementedError
 
     def forward_ends(self) -> None:
         """The forward in which something was read is over."""
 
+    @abstractmethod
     def record(self) -> None:
         """Emit what was read since the last call; it is being trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """Drop what was read: it was never trained on."""
-        raise NotImplementedError
 
     # ---- when it looks
 
