@@ -4,7 +4,8 @@
 
 the cheapest measure of stability there is: one Hessian product. Its mean over batches is what stops growing under SGD,
 near 2/η, even where the sharpness of the whole data stays below; with momentum β near 2(1 − β)/η for small batches and
-2(1 + β)/η for large ones. A single value is noisy: read the level of many.
+2(1 + β)/η for large ones. A single value is noisy: read the level of many. Of several processes the batch is that of
+the first one.
 
 Healthy: rises at first, then hovers.
 

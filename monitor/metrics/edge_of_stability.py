@@ -6,7 +6,8 @@ with the learning rate η and preconditioner P of every parameter and the consta
 descent, 2 + 2β with momentum, (2 + 2β) / (1 + 2β) with Nesterov's, (2 + 2β₁) / (1 − β₁) for Adam. On a quadratic loss
 the optimizer diverges along an eigenvector where ratio exceeds 1. With one learning rate for all, ratio = η λ / c with
 λ the (preconditioned) sharpness, ``threshold`` = c / η and ``stable_lr`` = η / ratio, the largest stable learning rate;
-with several these two are absent. Clipping and weight decay are left out.
+with several these two are absent. Clipping and weight decay are left out. Of several processes the batch is that of the
+first one, smaller than what the step is made of: the ratio is above that of the step.
 
 Healthy: on full batches, climbs to 1, overshoots it to 1.3 for some tens of steps and hovers there; with small batches
 (whose Hessian is sharper than that of all the data) anywhere from 0.01 to above 1.

@@ -6,7 +6,8 @@ over the parameters that the optimizer trains (``parameters`` of them), at the p
 (``examples`` rows), dropout masks and batch statistics. ``value`` is a Rayleigh quotient, so never above the true
 eigenvalue, and some eigenvalue lies within ``residual`` of it; ``converged`` is 1 where residual and change are within
 0.1 %. Measured by Lanczos iteration in float32, autocast off, after checking that the gradient of the loss that was
-played again is the run's.
+played again is the run's. Where several processes train with DistributedDataParallel, loss, gradient and batch are
+those of the first one's micro-batches, which the others wait for: a smaller batch than that of the step.
 
 A small batch is sharper than the whole data set: on a small network 3.5 times at 16 examples, 1.7 times at 64, 1.1
 times at 1,024. Compare values of one run only, and with a step size only where the batch is all the data.
@@ -57,7 +58,7 @@ METRIC = Metric(
         Column("residual", "loss/weight²", "an eigenvalue lies within this of the value"),
         Column("converged", "1", "1 if residual and change are within tolerance, else 0"),
         Column("products", "count", "products with the Hessian that it took"),
-        Column("examples", "count", "rows of the batch"),
+        Column("examples", "count", "rows of the batch; of several processes, of the first one's"),
         Column("parameters", "count", "size of the Hessian"),
         Column("loss", "loss", "loss of the batch, as it was measured"),
     ),

@@ -1,4 +1,8 @@
-"""The training loss of one step as a `LossClosure`: played again from its tapes, and trusted only after a check."""
+"""The training loss of one step as a `LossClosure`: played again from its tapes, and trusted only after a check.
+
+Of several processes that average their gradients each has a loss of its own: that of its own batch, whose gradient is
+what its backward passes gave before they were averaged.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ class Rebuilt:
 
     Attributes:
         closure: the loss that the optimizer was given the gradient of: summed over calls of `backward`, loss scale
-            divided out.
+            divided out. Of several processes, this one's.
         names: the parameters to be measured: trained by ``optimizers``, and selected.
         optimizers: whose gradients these are.
         gradient: of ``closure`` with respect to ``names``, flat, if checking has given it already.
@@ -87,6 +91,9 @@ def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtyp
     point = as_run.point(_trained(as_run, moment.optimizers))
     gradient = as_run.gradient(point)
     if not bool(torch.isfinite(gradient).all()):
+        given = (_given(moment, p) for group in moment.optimizer.param_groups for p in group["params"])
+        if all(bool(g.isfinite().all()) for g in given if g is not None):
+            raise Refused("its gradient is not finite, that of the run is")
         return None
     slices, live = point.slices(), as_run.named()
     optimizers, worst = [], None
@@ -149,18 +156,27 @@ def _inverse_scale(moment: Moment) -> float:
     return 1.0 if inverse is None else float(inverse)
 
 
+def _given(moment: Moment, p: Tensor) -> Tensor | None:
+    """The gradient that the run has for this parameter, not averaged over processes."""
+    g = p.grad if moment.local is None else moment.local.get(id(p))
+    return None if g is None else g.detach().to_dense() if g.is_sparse else g.detach()
+
+
 def _fault(moment: Moment, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, Tensor]]) -> str | None:
     """Why the first of each pair is not the gradient that the second, a parameter, has; None if it is."""
     scale = getattr(optimizer, "grad_scale", None)
     unscale = 1.0 / float(scale) if isinstance(scale, Tensor) else 1.0
+    clip, whose = _clip(moment), "the one the optimizer is given"
+    if moment.local is not None:  # as it was before anything was done to it
+        unscale, clip, whose = _inverse_scale(moment), 1.0, "that of this process's own backward passes"
     dot = mine = theirs = 0.0
     for again, p in pairs:
         a = again.double()
         mine += float(a @ a)
-        if p.grad is None:
+        given = _given(moment, p)
+        if given is None:
             continue
-        g = p.grad.detach().to_dense() if p.grad.is_sparse else p.grad.detach()
-        g = g.reshape(-1).double() * unscale
+        g = given.reshape(-1).double() * unscale
         dot += float(a @ g)
         theirs += float(g @ g)
     if not math.isfinite(theirs):
@@ -169,12 +185,11 @@ def _fault(moment: Moment, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, T
         return None
     cosine = dot / math.sqrt(mine * theirs) if mine > 0 and theirs > 0 else 0.0
     norm = math.sqrt(theirs / mine) if mine > 0 else math.inf
-    clip = _clip(moment)
     near = any(abs(norm / expected - 1) <= NORM for expected in (1.0, clip) if expected > 0)
     if cosine >= COSINE and near:
         return None
     again = 1 / norm if norm else math.inf
-    return f"its gradient has cosine {cosine:.6f} with the one the optimizer is given, and {again:.4g} times its norm"
+    return f"its gradient has cosine {cosine:.6f} with {whose}, and {again:.4g} times its norm"
 
 
 def _clip(moment: Moment) -> float:

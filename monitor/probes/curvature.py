@@ -5,7 +5,9 @@
     monitor.attach(model, curvature=monitor.Curvature(loss_closure=lambda: loss(model(x), y)))  # on data of your own
 
 Nothing else has to be given: the step's calls are taped and its loss is played again, which is trusted only if the
-gradient is the one that the optimizer is about to use.
+gradient is the one that the optimizer is about to use. Of several processes that train with `DistributedDataParallel`
+the first measures the loss of its own batch, trusted if its gradient is that of its own backward passes; the others
+wait for it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,10 +35,14 @@ from monitor.curvature.trace import Estimate, traces
 from monitor.errors import UsageError
 from monitor.probes import _cross_entropy
 from monitor.probes._rebuilt import Rebuilt, Refused, given, rebuilt
+from monitor.record import processes
 from monitor.record.probe import Moment, Probe
 
 #: Nodes of the spectral density, random vectors for the trace, most products of one Lanczos run.
 NODES, SAMPLES, MOST = 40, 10, 100
+#: Products that a measurement has time for at the least, where other processes wait for it, and its parts that need as
+#: many: the spectrum, the trace, the preconditioned sharpness.
+FEWEST, PARTS = 8, 3
 #: Bytes that a Lanczos basis may take; it restarts beyond.
 BASIS = 2e9
 #: Replays that may fail the check before no more are tried.
@@ -75,6 +80,7 @@ class _State:
         self.start: Tensor | None = None
         self.names: tuple[str, ...] = ()
         self.told: set[str] = set()
+        self.processes = 1
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,16 @@ class Curvature(Probe):
         return now.planned is not None
 
     def unmet(self) -> str | None:
-        """Of a run so short that only batch sharpness could be had."""
-        if self.every is not None or self._now.measured or not self._now.between:
-            return None
-        takes = f"a measurement of the sharpness takes about {self._now.wait:.2g} s"
-        return f"{takes}, more than {self.budget:.0%} of the time so far; Curvature(budget=…) or (every=…) allows more"
+        """Of a run so short that only batch sharpness could be had; or the batch of the other processes."""
+        now = self._now
+        if self.every is None and now.between and not now.measured:
+            takes = f"a measurement of the sharpness takes about {now.wait:.2g} s"
+            allow = "Curvature(budget=…) or (every=…) allows more"
+            return f"{takes}, more than {self.budget:.0%} of the time so far; {allow}"
+        if now.processes > 1 and self.loss_closure is None:
+            what = f"that of the batch of all {now.processes} processes"
+            return f"{what}: recorded is that of the first one's part, as a rule sharper; {self.elsewhere}"
+        return None
 
     def measure(self, moment: Moment) -> None:
         """Rebuild the loss, check it, measure, emit.
@@ -178,6 +189,7 @@ class Curvature(Probe):
         loss = self._loss(moment)
         if loss is None:
             return
+        now.processes = processes.count()
         sharpest = _Measurement(self, now, moment, loss).run(kind)
         if kind == "full" and self.blocks:
             _blocks(self, moment, loss)
@@ -199,9 +211,10 @@ class Curvature(Probe):
             now.refused += 1
             if now.refused < ATTEMPTS:
                 return None
+            how = "computes it" if moment.local is None else "computes it without what other processes know"
             raise UsageError(
                 f"the loss of a step could not be played again ({e}); "
-                "pass monitor.Curvature(loss_closure=…), a function that computes it"
+                f"pass monitor.Curvature(loss_closure=…), a function that {how}"
             ) from None
         now.refused = 0
         return found
@@ -219,6 +232,7 @@ class _Measurement:
         self.hessian = Hessian(loss.closure, loss.names)
         size = self.hessian.n * torch.finfo(self.hessian.dtype).bits // 8
         self.basis = max(options.top + 11, int(BASIS // size))
+        self.most = MOST
 
     def run(self, kind: str) -> Tensor | None:
         """Measure and emit; the eigenvectors of the largest eigenvalues, ``(k, n)``, if it got that far."""
@@ -231,39 +245,48 @@ class _Measurement:
             del g
             if kind == "batch":
                 return None
-            full = kind == "full"
-            run = self._lanczos(full)
-            top = _honest(run.largest, run)
-            value = self.closure.value(H.point)
-            sharpest = run.eigenvectors("largest")
-            u = sharpest[0]
-            self._emit(
-                "sharpness", SHARPNESS, "",
-                (*_first(top), run.products, self.loss.examples, H.n, value),
-            )  # fmt: skip
-            self.now.start, self.now.names = u.to("cpu", copy=True), self.loss.names
-            trace = self._spectrum(run, top) if full else None
-            del run
-            self._edge(top, trace)
-            if full:
-                self._opposing(u)
-            return sharpest
+            with self.moment.again():  # products like the first, replays like that of the check
+                return self._eigen(kind == "full")
+
+    def _eigen(self, full: bool) -> Tensor:
+        H = self.hessian
+        run = self._lanczos(full)
+        top = _honest(run.largest, run)
+        value = self.closure.value(H.point)
+        sharpest = run.eigenvectors("largest")
+        u = sharpest[0]
+        self._emit(
+            "sharpness", SHARPNESS, "",
+            (*_first(top), run.products, self.loss.examples, H.n, value),
+        )  # fmt: skip
+        self.now.start, self.now.names = u.to("cpu", copy=True), self.loss.names
+        trace = self._spectrum(run, top) if full else None
+        del run
+        self._edge(top, trace)
+        if full:
+            self._opposing(u)
+        return sharpest
 
     def _lanczos(self, full: bool) -> Krylov:
         H, now = self.hessian, self.now
         if full:  # a density is seen without prejudice from a random start only
-            steps = min(NODES, H.n)
+            steps = min(NODES, H.n, self.most)
             return lanczos(
-                H, self.options.top, 1, steps=steps, max_products=max(MOST, steps), seed=self.moment.step,
+                H, self.options.top, 1, steps=steps, max_products=max(self.most, steps), seed=self.moment.step,
                 max_basis=self.basis,
             )  # fmt: skip
         start = now.start if now.names == self.loss.names else None
-        return lanczos(H, 1, start=start, max_products=MOST, seed=self.moment.step, max_basis=self.basis)
+        return lanczos(H, 1, start=start, max_products=self.most, seed=self.moment.step, max_basis=self.basis)
 
     def _batch(self, g: Tensor) -> None:
         square = float(g.double() @ g.double())
+        began = time.perf_counter()
+        curvature = float(g.double() @ self.hessian(g).double())
+        took = time.perf_counter() - began
+        self.most = int(min(MOST, processes.longest() / (PARTS * took)))
+        if self.most < FEWEST:
+            raise UsageError(f"a product with the Hessian takes {took:.2g} s, and other processes wait for it")
         if square > 0:
-            curvature = float(g.double() @ self.hessian(g).double())
             self._emit("batch_sharpness", BATCH, "", (curvature / square, square**0.5, self.loss.examples))
 
     def _spectrum(self, run: Krylov, top: Eigenvalues) -> Estimate:
@@ -279,7 +302,7 @@ class _Measurement:
             (density.negative_ratio(), density.negative_weight(), density.negative, smallest.values[0],
              smallest.residuals[0], len(density.nodes)),
         )  # fmt: skip
-        self.moment.table("spectral_density", pa.table({"node": density.nodes, "weight": density.weights}))
+        self.moment.table("spectral_density", {"node": density.nodes, "weight": density.weights})
         return trace
 
     def _edge(self, top: Eigenvalues, trace: Estimate | None) -> None:
@@ -289,7 +312,7 @@ class _Measurement:
         try:
             s = stability(
                 self.hessian, optimizers, top=top, trace=trace.value if trace else None, seed=self.moment.step,
-                max_products=MOST, max_basis=self.basis,
+                max_products=self.most, max_basis=self.basis,
             )  # fmt: skip
         except UsageError as e:
             self._tell(f"edge_of_stability is not recorded: {str(e).partition(';')[0]}")
@@ -324,8 +347,8 @@ class _Measurement:
         strongest = np.unique(np.concatenate([order[:STRONGEST], order[-STRONGEST:]]))
         strongest = strongest[np.argsort(p[strongest])]
         own = rows.detach().double().cpu().numpy()[at[strongest]]
-        table = pa.table({"row": at[strongest], "projection": p[strongest], "loss": own})
-        self.moment.table("opposing_signals", table)
+        found = {"row": at[strongest], "projection": p[strongest], "loss": own}
+        self.moment.table("opposing_signals", found)
 
     def _emit(self, reads: str, stats: Sequence[str], module: str, values: Sequence[float | None]) -> None:
         _emit(self.moment, reads, stats, module, values)
@@ -350,7 +373,7 @@ def _landscape(moment: Moment, loss: Rebuilt, directions: Tensor, radius: float)
     found = landscape(loss.closure, directions, parameters=loss.names, radius=radius, points=POINTS)
     first, second = np.meshgrid(*found.coordinates, indexing="ij")
     columns = {"first": first.ravel(), "second": second.ravel(), "loss": found.losses.ravel()}
-    moment.table("landscape", pa.table(columns))
+    moment.table("landscape", columns)
 
 
 def _emit(moment: Moment, reads: str, stats: Sequence[str], module: str, values: Sequence[float | None]) -> None:

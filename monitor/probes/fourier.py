@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import pyarrow as pa
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,9 +70,8 @@ class FourierLosses(Probe):
             logits = outputs(moment.model, self.inputs)
         found = fourier_losses(logits, self.labels, self.train, self.modulus)
         moment.emit("fourier", STATS, "", found.stats)
-        frequency = pa.array(range(1, len(found.shares) + 1), pa.int32())
-        shares = pa.array(found.shares.tolist(), pa.float32())
-        moment.table("fourier", pa.table({"frequency": frequency, "share": shares}))
+        frequency = np.arange(1, len(found.shares) + 1, dtype=np.int32)
+        moment.table("fourier", {"frequency": frequency, "share": found.shares.float().cpu().numpy()})
 
 
 class FourierSplit(NamedTuple):

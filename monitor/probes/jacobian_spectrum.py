@@ -75,9 +75,7 @@ class JacobianSpectrum(Probe):
         found = singular_values(J) if bool(torch.isfinite(J).all()) else None
         moment.emit("jacobian_spectrum", STATS, "", statistics(len(J), found))
         if found is not None and self._sparsely.due(moment.step):
-            import pyarrow as pa
-
-            moment.table("jacobian_spectrum", pa.table({"singular_value": found.values}))
+            moment.table("jacobian_spectrum", {"singular_value": found.values})
 
     def _given(self, model: nn.Module, loss_fn: Callable[..., Any], batch: Any) -> Tensor:
         closure = LossClosure(model, loss_fn, batch)

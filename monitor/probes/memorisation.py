@@ -115,11 +115,9 @@ class Memorisation(Probe):
     def _table(self, moment: Moment, losses: Floats) -> None:
         if self._memory is None or not self._sparsely.due(moment.step):
             return
-        import pyarrow as pa
-
-        since = pa.array(self._memory.since, from_pandas=True)
+        since = np.ma.masked_invalid(self._memory.since)
         columns = {"sample": np.arange(len(losses), dtype=np.int32), "loss": losses.astype(np.float32), "since": since}
-        moment.table("memorisation", pa.table(columns))
+        moment.table("memorisation", columns)
 
 
 def _losses(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> tuple[int, Floats] | None:

@@ -117,10 +117,8 @@ class Pathways(Probe):
     def _table(self, moment: Moment, layers: list[_Layer]) -> None:
         if not self._sparsely.due(moment.step):
             return
-        import pyarrow as pa
-
         paths = pathway.written([pathway.experts_of(x.g, pathway.THRESHOLD) for x in layers])
-        moment.table("pathways", pa.table({"sample": np.arange(len(paths), dtype=np.int32), "pathway": paths}))
+        moment.table("pathways", {"sample": np.arange(len(paths), dtype=np.int32), "pathway": paths})
 
 
 @contextmanager

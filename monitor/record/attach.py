@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -90,12 +91,9 @@ class Handle:
 
     def _write_notes(self) -> None:
         if self._notes and self._flusher is not None:
-            import pyarrow as pa
-
             steps, texts = zip(*self._notes, strict=True)
             self._notes.clear()
-            table = pa.table({"step": pa.array(steps, pa.int64()), "note": pa.array(texts, pa.string())})
-            self._flusher.table("notes", steps[0], table)
+            self._flusher.table("notes", steps[0], {"step": np.array(steps, dtype=np.int64), "note": texts})
 
     def close(self) -> None:
         """Stop recording, write everything and print the verdict. A second call does nothing."""
@@ -229,10 +227,9 @@ def begin(
 
     The others record only their parts of parameters, if they have any that the first one does not have.
     """
-    recording = next_recording()
     if rank() != 0:
         parted = any(is_parted(p) for m in models for p in m.parameters())
-        return _begin_part(recording, models, optimizers, follow_all, every) if parted else Handle(None, None)
+        return _begin_part(models, optimizers, follow_all, every) if parted else Handle(None, None)
     others = ranks_with_parts(models)
     script = _script()
     folder = Path(run_dir) if run_dir is not None else _default_folder(script)
@@ -245,7 +242,7 @@ def begin(
         return Handle(None, None)
     finally:
         if others:
-            tell(recording, place)
+            tell(next_recording(models), place)
     try:
         if others:
             writer.others = Others(writer.path, writer.attempt, others)
@@ -281,11 +278,9 @@ def begin(
     return handle
 
 
-def _begin_part(
-    recording: str, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], follow_all: bool, every: int
-) -> Handle:
+def _begin_part(models: Sequence[nn.Module], optimizers: Sequence[Optimizer], follow_all: bool, every: int) -> Handle:
     """Record this process's parts into the run of the first one."""
-    place = hear(recording)
+    place = hear(next_recording(models))
     if not place.path:
         return Handle(None, None)  # the first one says why, or its run says that this one is silent
     try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import monitor
+from monitor.record.processes import count
 
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
@@ -83,8 +84,9 @@ def model_facts(
         copies: what is trained in the place of a parameter, by its id.
 
     Returns:
-        Keys ``modules``, ``parameters``, ``optimizers``, ``precision``, ``compiled``, ``class``. Of a parameter in none
-        of the ``optimizers`` also whether one of the awaited has it, and whether it has a gradient now.
+        Keys ``modules``, ``parameters``, ``optimizers``, ``precision``, ``compiled``, ``class``, and ``processes``: how
+        many train together. Of a parameter in none of the ``optimizers`` also whether one of the awaited has it, and
+        whether it has a gradient now.
     """
     roots, opts = list(models), list(optimizers)
     owner: dict[int, tuple[int, int]] = {}
@@ -137,6 +139,7 @@ def model_facts(
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         },
         "compiled": any(compiled_regions(r) for r in roots),
+        "processes": count(),
     }
 
 

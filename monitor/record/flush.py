@@ -23,6 +23,7 @@ from monitor.diagnosis.text import plain
 from monitor.errors import MetricError
 from monitor.metric import Metric, load_metrics
 from monitor.rule import load_rules
+from monitor.store.parts import Vectors
 from monitor.store.writer import RunWriter
 
 #: Blocks that may wait for the thread. A block is some 200 kB; eight are more than a minute of a large model.
@@ -51,7 +52,7 @@ class Taker(Protocol):
     def warn(self, text: str) -> None:
         """Write a warning into the run."""
 
-    def table(self, name: str, step: int, table: Any) -> None:
+    def table(self, name: str, step: int, vectors: Vectors) -> None:
         """Write a table of vectors."""
 
 
@@ -118,9 +119,9 @@ class Flusher:
         """Write a warning into the run."""
         self._queue.put(("warn", text))
 
-    def table(self, name: str, step: int, table: Any) -> None:
+    def table(self, name: str, step: int, vectors: Vectors) -> None:
         """Write a table of vectors."""
-        self._queue.put(("table", (name, step, table)))
+        self._queue.put(("table", (name, step, vectors)))
 
     def close(self, status: str, error: str | None) -> bool:
         """Write what is left and end the run.

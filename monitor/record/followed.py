@@ -144,7 +144,8 @@ class Followed:
             The facts of the run if they have changed.
         """
         known = [o() for o in self._optimizers]
-        if all(o is not optimizer for o in known):
+        fresh = all(o is not optimizer for o in known)
+        if fresh:
             self._updates[id(optimizer)] = 0
             # one that takes the place of a dead one goes on with its series
             at = known.index(None) if None in known else len(known)
@@ -153,8 +154,8 @@ class Followed:
         if self._updates[id(optimizer)] > PATIENCE:
             self._awaited.clear()
         awaited = [o for ref in self._awaited if (o := ref()) is not None and id(o) not in self._updates]
-        signature = (len(awaited), *(len(g["params"]) for x in self.optimizers for g in x.param_groups))
-        if optimizer in known and signature == self._signature:
+        signature = (len(awaited), *(len(g["params"]) for x in known if x is not None for g in x.param_groups))
+        if not fresh and signature == self._signature:
             return None
         self._signature = signature
         held = {key: copy for key, known in self._copies.items() if (copy := known()) is not None}
@@ -171,7 +172,10 @@ class Followed:
     @property
     def device(self) -> torch.device:
         """Where the first parameter that is anywhere is."""
-        return next((d for root in self.roots if (d := _device(root)) is not None), torch.device("cpu"))
+        for root in self.roots:
+            if (found := _device(root)) is not None:
+                return found
+        return torch.device("cpu")
 
     @property
     def sharded(self) -> bool:
@@ -235,10 +239,12 @@ def _sample(t: Tensor, dtype: torch.dtype) -> object:
 def _device(module: nn.Module) -> torch.device | None:
     """As `Followed.device`, of one module: asked at every step, and the first of `parameters` takes longer."""
     for p in module._parameters.values():
-        if p is not None and p.device.type != "meta":
+        if p is not None and not p.is_meta:
             return p.device
-    children = (_device(child) for child in module._modules.values() if child is not None)
-    return next((d for d in children if d is not None), None)
+    for child in module._modules.values():
+        if child is not None and (found := _device(child)) is not None:
+            return found
+    return None
 
 
 def _references(held: Sequence[object]) -> list[int]:

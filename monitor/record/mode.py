@@ -75,7 +75,7 @@ class StepMode(TorchFunctionMode):
 
     def on_stack(self) -> bool:
         """True if this mode is on the calling thread's stack."""
-        return any(m is self for m in _get_current_function_mode_stack())
+        return self in _get_current_function_mode_stack()
 
     def enter(self) -> None:
         """Put the mode at the bottom of the calling thread's stack (above the context of `torch.set_default_device`).

@@ -7,13 +7,14 @@ is called: a process that does not take part in one would stop all the others.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from monitor.block import Layout, RawBlock
+from monitor.record.facts import clean, unwrap
+from monitor.record.flush import to_stderr
 from monitor.record.private import common_store
 from monitor.store.layout import TAIL, names, rank_name
+from monitor.store.parts import Vectors
 from monitor.store.tail import TailWriter
 
-#: Seconds a process waits to be told the folder. The first one tells when it is attached at the same place.
+#: Seconds a process waits to be told the folder. The first one tells when it is attached at the same place, which it
+#: may come to some seconds later.
 PATIENCE = 10.0
+#: Seconds after which it says that it waits: it may be the only one that is attached.
+SILENCE = 1.5
 #: Segments of its tail that wait for the first process: of more, it has stopped reading them.
 MOST = 64
 
-_recordings = count()
+_recordings: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,16 @@ def ranks_with_parts(models: Iterable[nn.Module]) -> tuple[int, ...]:
     return tuple(sorted({r for m in models for p in m.parameters() for r in sharers(p)} - {0}))
 
 
-def next_recording() -> str:
-    """Name of the recording that begins; the same in every process, if each begins the same ones."""
-    return f"monitor/{next(_recordings)}"
+def next_recording(models: Sequence[nn.Module]) -> str:
+    """Name of the recording of ``models`` that begins.
+
+    The same in every process that has parts of them, whatever else each records: made of the names and shapes of their
+    parameters as a whole, and of how many recordings of just these have begun before.
+    """
+    parameters = [(clean(name), *p.shape) for m in models for name, p in unwrap(m).named_parameters()]
+    kind = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:16]
+    _recordings[kind] += 1
+    return f"monitor/{kind}/{_recordings[kind]}"
 
 
 def tell(recording: str, place: Place) -> None:
@@ -95,12 +109,19 @@ def tell(recording: str, place: Place) -> None:
 
 
 def hear(recording: str) -> Place:
-    """Where this recording goes; waits up to `PATIENCE` seconds to be told."""
+    """Where this recording goes; waits up to `PATIENCE` seconds to be told, and says so after `SILENCE`."""
     store = common_store()
     if store is None:
         return Place()
     try:
-        store.wait([recording], timedelta(seconds=PATIENCE))
+        try:
+            store.wait([recording], timedelta(seconds=SILENCE))
+        except RuntimeError:
+            to_stderr(
+                f"process {rank()} waits {PATIENCE:g} s for the first process to begin this recording; "
+                "otherwise it records nothing"
+            )
+            store.wait([recording], timedelta(seconds=PATIENCE - SILENCE))
         place = Place(**json.loads(store.get(recording)))
     except (RuntimeError, ValueError, TypeError):  # nobody told in time
         return Place()
@@ -149,7 +170,7 @@ class Part:
         """Is said by the process itself, which writes no more: what it leaves out would be taken for no part at all."""
         self._stopped = True
 
-    def table(self, name: str, step: int, table: Any) -> None:
+    def table(self, name: str, step: int, vectors: Vectors) -> None:
         """Tables are the first one's."""
 
     def close(self, status: str, error: str | None) -> bool:

@@ -159,3 +159,40 @@ def common_store() -> Any:
         return None if c10d is None else c10d._get_default_store()
     except (ValueError, AttributeError):  # not initialised
         return None
+
+
+def patience() -> float:
+    """Seconds after which a process gives up waiting for the others: the shortest of all their groups."""
+    c10d: Any = sys.modules["torch.distributed.distributed_c10d"]
+    found = [600.0]
+    for group in c10d._world.pg_map:
+        for device in group._device_types:
+            with contextlib.suppress(RuntimeError, AttributeError):  # not every kind of backend says it
+                found.append(group._get_backend(device).options._timeout.total_seconds())
+    return min(found)
+
+
+def coalescing() -> frozenset[Any]:
+    """The groups of processes in which several calls are about to become one."""
+    c10d: Any = sys.modules["torch.distributed.distributed_c10d"]
+    return frozenset(c10d._world.pg_coalesce_state)
+
+
+def end_coalescing(begun: frozenset[Any]) -> None:
+    """Of groups in which that has begun after ``begun`` was asked for, and was broken off: nothing has been called."""
+    c10d: Any = sys.modules["torch.distributed.distributed_c10d"]
+    for group in coalescing() - begun:
+        del c10d._world.pg_coalesce_state[group]
+        for device in group._device_types:
+            with contextlib.suppress(RuntimeError):  # it never began there
+                group._end_coalescing(device)
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """No dispatch mode sees what is called in this context."""
+    if _C._len_torch_dispatch_stack() > 0:
+        with _disable_current_modes():
+            yield
+    else:
+        yield

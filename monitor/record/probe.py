@@ -8,8 +8,8 @@ no trace and free what it built.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from monitor.curvature.environment import cloned_buffers, undisturbed
 from monitor.errors import UsageError
+from monitor.record.private import unseen
 from monitor.record.tape import Tape
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from monitor.record.recorder import Recorder
     from monitor.record.ring import Values
+    from monitor.store.parts import Vectors
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Moment:
         tapes: one per call of `backward` in this step; empty unless the probe is ``taped``.
         first: the tape of the first micro-batch of the run, on data of its own: a fixed probe set. None unless the
             probe ``keeps_first``.
+        local: where several processes average their gradients: by the id of a parameter, what this process's own
+            backward passes gave in this step, neither unscaled nor clipped. None where ``.grad`` is that.
     """
 
     step: int
@@ -48,6 +50,7 @@ class Moment:
     tapes: Sequence[Tape]
     first: Tape | None
     recorder: Recorder
+    local: Mapping[int, Tensor] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -86,9 +89,21 @@ class Moment:
         """Write the statistics of one module into the row of this step; see `Recorder.emit`."""
         self.recorder.emit(reads, stats, module, values)
 
-    def table(self, name: str, table: pa.Table) -> None:
-        """Write a table of vectors for this step."""
-        self.recorder.flusher.table(name, self.step, table)
+    def table(self, name: str, vectors: Vectors) -> None:
+        """Write a table of vectors for this step.
+
+        Args:
+            name: snake_case.
+            vectors: the columns; nobody may write to them any more.
+        """
+        self.recorder.flusher.table(name, self.step, vectors)
+
+    def again(self) -> AbstractContextManager[None]:
+        """For calls that have been made before in this measurement: one of several processes need not look once more.
+
+        It looks at every operation otherwise, for one that needs the other processes.
+        """
+        return unseen()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -122,6 +137,8 @@ class Sparsely:
 class Probe(ABC):
     """Base of all probes.
 
+    Where several processes train, the first measures its own batch while the others wait for it.
+
     Attributes:
         name: for messages; of the metric it is best known by.
         every: measure at each so many steps, whatever it costs; None: as often as the budget allows.
@@ -130,7 +147,7 @@ class Probe(ABC):
         taped: it needs the tapes of the step.
         keeps_first: it needs the first micro-batch of the run.
         default: it runs though nobody asked for it, so its being not wanted is no news.
-        elsewhere: what measures the same where several processes train and no probe runs; "" if nothing does.
+        elsewhere: what measures the same where several processes train and one alone cannot; "" if nothing does.
     """
 
     name = ""

@@ -120,7 +120,9 @@ class Recorder:
         self._broken: set[str] = set()
         # most sites care for few of the moments of a step: call those only
         self._on = {
-            moment: [site for site in self.sites if getattr(type(site), moment) is not getattr(Site, moment)]
+            moment: [
+                (s, getattr(s, moment)) for s in self.sites if getattr(type(s), moment) is not getattr(Site, moment)
+            ]
             for moment in (
                 "on_forward",
                 "on_output",
@@ -131,7 +133,7 @@ class Recorder:
                 "on_row",
             )
         }
-        self._on_others = {moment: [s for s in sites if not s.dense] for moment, sites in self._on.items()}
+        self._on_others = {moment: [told for told in all_ if not told[0].dense] for moment, all_ in self._on.items()}
         self._left_out = self._leaves_out()  # this step, by the dense sites
         before: dict[Any, Watcher] = dict.fromkeys(BACKWARD, self._backward_begins)
         after: dict[Any, Watcher] = {}
@@ -143,7 +145,7 @@ class Recorder:
                 after[func] = _both(after.get(func), self._guarded(site, watcher, always))
         self.mode = StepMode(before, after)
         self.stack = Stack(self.mode, self._entries, self._here, self._guard)
-        self._inside = [site for site in self.sites if site.inside_every > 1]
+        self._inside = {site.inside_every: site for site in self.sites if site.inside_every > 1}
         for model in models:
             self.adopt(model)
         self._hooks.append(register_optimizer_step_pre_hook(self._before_step))
@@ -388,7 +390,7 @@ class Recorder:
         first = self.rows < START  # also of a run that is resumed
         # a region that was compiled with the mode on the stack would be compiled again without it
         self._called_inside |= compiled_any()
-        return self._called_inside or first or any(site.due(site.inside_every) for site in self._inside)
+        return self._called_inside or first or any(site.due(every) for every, site in self._inside.items())
 
     def _compiled(self, module: nn.Module) -> bool:
         """True if a call of ``module`` enters a compiled region; looked up at first, then now and then."""
@@ -475,8 +477,8 @@ class Recorder:
         self.spent += time.perf_counter() - begin
 
     def _at(self, moment: str, *args: Any) -> None:
-        for site in (self._on_others if self._left_out else self._on)[moment]:
-            self._tell(site, getattr(site, moment), *args)
+        for site, what in (self._on_others if self._left_out else self._on)[moment]:
+            self._tell(site, what, *args)
 
     def _tell(self, site: Site, what: Callable[..., None], *args: Any) -> None:
         if site.name in self._broken:

@@ -42,6 +42,7 @@ class Ring:
         self.layout = Layout(0, ())
         self._where: dict[str, Segment] = {}
         self._index: dict[str, dict[str, int]] = {}
+        self._spans: dict[tuple[str, str], slice] = {}
         # where modules stand that were asked for before, by the identity of a tuple that is kept for it
         self._found: dict[tuple[str, int], tuple[Sequence[str], slice | list[int]]] = {}
         self._begin_block()
@@ -61,13 +62,6 @@ class Ring:
     def full(self) -> bool:
         """True when the block has no room for another row."""
         return len(self.steps) >= self.capacity
-
-    def known(self, reads: str, modules: Sequence[str]) -> bool:
-        """True if the layout has a place for this pass and all of these modules."""
-        if (reads, id(modules)) in self._found:
-            return True
-        index = self._index.get(reads)
-        return index is not None and all(m in index for m in modules)
 
     def widen(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> RawBlock | None:
         """Make room for a pass or for more modules of it.
@@ -95,6 +89,11 @@ class Ring:
         self.layout = Layout(old_layout.number + 1, tuple(segments))
         self._where = {s.reads: s for s in segments}
         self._index = {s.reads: {m: i for i, m in enumerate(s.modules)} for s in segments}
+        self._spans = {
+            (s.reads, m): slice(s.offset + i * len(s.stats), s.offset + (i + 1) * len(s.stats))
+            for s in segments
+            for i, m in enumerate(s.modules)
+        }
         self._found.clear()
         self._begin_block()
         row = self._rows[0]
@@ -110,25 +109,35 @@ class Ring:
         self._begin_block()
         self._rows[0].copy_(open_row)
 
-    def view(self, reads: str) -> Tensor:
-        """``(module, statistic)`` float32 view of the open row; writing to it records."""
-        s = self._where[reads]
-        row = self._rows[len(self.steps)]
-        return row[s.offset : s.offset + s.size].view(len(s.modules), len(s.stats))
+    def span(self, reads: str, module: str) -> slice | None:
+        """Where the statistics of one module stand in a row; None if the layout has no place for them."""
+        return self._spans.get((reads, module))
 
-    def place(self, reads: str, module: str) -> int:
-        """Row number of ``module`` in `view`."""
-        return self._index[reads][module]
+    def open(self, span: slice) -> Tensor:
+        """``(statistic,)`` float32: what stands there in the open row; writing to it records."""
+        return self._rows[len(self.steps)][span]
 
-    def places(self, reads: str, modules: Sequence[str]) -> slice | list[int]:
-        """Row numbers of ``modules`` in `view`: a slice if they stand side by side in this order.
+    def write(self, span: slice, at: slice, values: Values) -> None:
+        """Write ``values`` to the statistics ``at`` of one module in the open row."""
+        if self._array is None:
+            fresh = torch.as_tensor(values, dtype=torch.float32, device=self.device)
+            self.open(span)[at].copy_(fresh, non_blocking=True)
+            return
+        with np.errstate(over="ignore"):  # beyond float32 is infinity, and infinity is a value
+            self._array[len(self.steps), span][at] = values.numpy() if isinstance(values, Tensor) else values
+
+    def places(self, reads: str, modules: Sequence[str]) -> slice | list[int] | None:
+        """Row numbers of ``modules`` in the segment of a pass: a slice if they stand side by side in this order.
 
         The answer is remembered for a tuple, so that a caller who gives the same one at every step does not pay twice.
+        None if the layout has no place for one of them.
         """
         known = self._found.get((reads, id(modules)))
         if known is not None:
             return known[1]
-        index = self._index[reads]
+        index = self._index.get(reads, {})
+        if not all(m in index for m in modules):
+            return None
         at = index[modules[0]]
         beside = self._where[reads].modules[at : at + len(modules)] == tuple(modules)
         place = slice(at, at + len(modules)) if beside else [index[m] for m in modules]
@@ -138,30 +147,25 @@ class Ring:
             self._found[(reads, id(modules))] = (modules, place)
         return place
 
-    def write(self, reads: str, place: int | slice | list[int], at: slice, values: Values) -> None:
-        """Write ``values`` to the statistics ``at`` of one or several modules of the open row."""
-        if self._array is None:
-            target = self.view(reads)
-            fresh = torch.as_tensor(values, dtype=torch.float32, device=self.device)
-            if isinstance(place, list):
-                target[:, at].index_copy_(0, torch.tensor(place, device=self.device), fresh)
-            else:
-                target[place, at].copy_(fresh, non_blocking=True)
-            return
+    def write_many(self, reads: str, places: slice | list[int], at: slice, values: Values) -> None:
+        """Write ``(module, statistic)`` values to the statistics ``at`` of several modules of the open row."""
         s = self._where[reads]
-        row = self._array[len(self.steps)]
-        with np.errstate(over="ignore"):  # beyond float32 is infinity, and infinity is a value
-            if isinstance(place, int):
-                width = len(s.stats)
-                begin = s.offset + place * width
-                row[begin : begin + width][at] = values.numpy() if isinstance(values, Tensor) else values
+        shape = len(s.modules), len(s.stats)
+        if self._array is None:
+            target = self.open(slice(s.offset, s.offset + s.size)).view(shape)[:, at]
+            fresh = torch.as_tensor(values, dtype=torch.float32, device=self.device)
+            if isinstance(places, list):
+                target.index_copy_(0, torch.tensor(places, device=self.device), fresh)
             else:
-                row = row[s.offset : s.offset + s.size].reshape(len(s.modules), len(s.stats))
-                row[place, at] = values.numpy() if isinstance(values, Tensor) else values
+                target[places].copy_(fresh, non_blocking=True)
+            return
+        with np.errstate(over="ignore"):
+            row = self._array[len(self.steps), s.offset : s.offset + s.size].reshape(shape)
+            row[places, at] = values.numpy() if isinstance(values, Tensor) else values
 
-    def blank(self, reads: str, place: int, stats: Sequence[int]) -> None:
-        """Make single statistics of the open row absent."""
-        self.view(reads)[place].view(torch.int32)[list(stats)] = ABSENT_INT
+    def blank(self, span: slice, stats: Sequence[int]) -> None:
+        """Make single statistics of one module absent in the open row."""
+        self.open(span).view(torch.int32)[list(stats)] = ABSENT_INT
 
     def commit(self, step: int) -> None:
         """Close the open row as ``step``; on an accelerator, start the copy when one is due."""

@@ -43,27 +43,32 @@ class OpenRow:
         absent: Sequence[int],
     ) -> None:
         """Write the statistics of one module, as `Recorder.emit`; those of one ``epoch`` are merged."""
-        self._make_room(reads, stats, (module,))
-        place = self._ring.place(reads, module)
-        before, count = self._emitted.get((reads, module), (-1, 0))
-        if merge and before == epoch:
-            values = _merged(merge[at], self._ring.view(reads)[place][at], values, count)
-            count += 1
-        else:
-            count = 1
-        self._emitted[(reads, module)] = (epoch, count)
-        self._ring.write(reads, place, at, values)
+        span = self._ring.span(reads, module)
+        if span is None:
+            self._widen(reads, stats, (module,))
+            span = self._ring.span(reads, module)
+            assert span is not None
+        if merge:
+            before, count = self._emitted.get((reads, module), (-1, 0))
+            if before == epoch:
+                values = _merged(merge[at], self._ring.open(span)[at], values, count)
+            else:
+                count = 0
+            self._emitted[(reads, module)] = (epoch, count + 1)
+        self._ring.write(span, at, values)
         if absent:
-            self._ring.blank(reads, place, absent)
+            self._ring.blank(span, absent)
 
     def emit_many(self, reads: str, stats: Sequence[str], modules: Sequence[str], values: Values, at: slice) -> None:
         """Write the statistics of several modules, as `Recorder.emit_many`."""
-        self._make_room(reads, stats, modules)
-        self._ring.write(reads, self._ring.places(reads, modules), at, values)
+        places = self._ring.places(reads, modules)
+        if places is None:
+            self._widen(reads, stats, modules)
+            places = self._ring.places(reads, modules)
+            assert places is not None
+        self._ring.write_many(reads, places, at, values)
 
-    def _make_room(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> None:
-        if self._ring.known(reads, modules):
-            return
+    def _widen(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> None:
         self._drain(wait=True)
         block = self._ring.widen(reads, stats, modules)
         if block is not None:

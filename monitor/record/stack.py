@@ -37,7 +37,8 @@ class Stack:
         self._mode, self._entries, self._here, self._guard = mode, entries, here, guard
         #: Calls of other modules under way: whose, and whether the mode was taken off for it.
         self._asides: list[tuple[int, bool]] = []
-        self._heard: list[Any] = []  # hooks of all modules
+        self._heard: list[Any] = []  # hooks of the calls of all modules
+        self._registering: Any = None  # and of their making
         self._compiling: Any = None  # gives what is told before something is compiled
         #: True from `look` on: what is called is no part of a step.
         self.looking = False
@@ -65,13 +66,12 @@ class Stack:
         compiling = self._compiling() if self._compiling is not None else None
         if compiling is not None:
             stop_hearing(compiling)
+        if self._registering is not None:
+            self._registering.remove()
 
     def _put(self, on: bool) -> None:
         if on != self.on:
-            if on:
-                self._mode.enter()
-            else:
-                self._mode.leave()
+            (self._mode.enter if on else self._mode.leave)()
 
     # ---- between the training forward and the step
 
@@ -142,11 +142,10 @@ class Stack:
             self._compiling = before_compiling(self._compiles)
         if self._compiling is None:
             return False
+        if self._registering is None:
+            self._registering = register_module_module_registration_hook(self._registered)
         self._unhear()
-        self._heard = [
-            register_module_forward_pre_hook(begins),
-            register_module_module_registration_hook(self._registered),
-        ]
+        self._heard = [register_module_forward_pre_hook(begins)]
         if ends is not None:
             self._heard.append(register_module_forward_hook(ends, always_call=True))
         return True
@@ -158,7 +157,7 @@ class Stack:
 
     def _registered(self, module: nn.Module, name: str, part: Any) -> None:
         """`torch.compile` makes a module, whose call warns of a hook on all modules."""
-        if name == "_orig_mod":
+        if name == "_orig_mod" and self._heard:
             self._compiles()
 
     def _compiles(self) -> None:

@@ -76,11 +76,14 @@ class Tape:
     Attributes:
         loss: what `backward` was called on, read when it was called; None until then, and on an accelerator.
         autocast: device types for which autocast was on when the tape began, with their dtypes.
+        severed: a replay takes something for data that depends on parameters: what gave it was not seen, as in a
+            `torch.autograd.Function`, a compiled function, or a model that is not followed.
     """
 
     def __init__(self, models: Sequence[nn.Module], random: RandomState) -> None:
         self.random = random
         self.loss: float | None = None
+        self.severed = False
         self.autocast = {
             kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
         }
@@ -108,6 +111,10 @@ class Tape:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A torch function was called outside the root modules."""
+        if any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values())):
+            for t in _tensors(result):  # drawn from a generator of the user's, which is not to move on: data
+                self._where.pop(id(t), None)
+            return
         name = getattr(func, "__name__", "")
         changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if changes or any(True for _ in _tensors(result)):
@@ -142,9 +149,10 @@ class Tape:
         self.random.restore()
         made: list[list[Tensor]] = []
         enabled = torch.is_grad_enabled()
-        for c in self._calls:
-            with torch.set_grad_enabled(c.grad and enabled):
-                made.append(list(_tensors(c.func(*_filled(c.args, made), **_filled(dict(c.kwargs), made)))))
+        with _Undrawn():
+            for c in self._calls:
+                with torch.set_grad_enabled(c.grad and enabled):
+                    made.append(list(_tensors(c.func(*_filled(c.args, made), **_filled(dict(c.kwargs), made)))))
         loss = made[self._end.call][self._end.leaf]
         return loss.reshape(()) if self._gradient is None else (loss * self._gradient).sum()
 
@@ -191,8 +199,9 @@ class Tape:
         if not isinstance(x, Tensor):
             return x
         made = self._where.get(id(x))
-        if made is not None and x.requires_grad and not self._calls[made.call].grad:
-            return x  # the result of a torch.autograd.Function, of which only the inside was seen
+        if x.grad_fn is not None and (made is None or not self._calls[made.call].grad):
+            self.severed = True  # of a torch.autograd.Function at most the inside is seen
+            return x
         known = made or self._held.get(id(x))
         return x if known is None else known
 
@@ -222,6 +231,25 @@ def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
             yield leaf
         elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type):
             yield from _tensors(list(vars(leaf).values()), depth - 1)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Puts back the generators of the user's own that are drawn from in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[int, tuple[torch.Generator, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in (*args, *(kwargs or {}).values()):
+            if isinstance(x, torch.Generator) and id(x) not in self._before:
+                self._before[id(x)] = x, x.get_state()
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for generator, state in self._before.values():
+            generator.set_state(state)
 
 
 class _Catch(TorchFunctionMode):

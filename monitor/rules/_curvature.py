@@ -18,6 +18,8 @@ _SAME = 10
 def whole_data(window: Window, steps: Steps) -> Mask:
     """Where every step trains on the same batch, so that its curvature is that of all the data.
 
+    Nowhere if several processes train, each on a batch of its own: measured is that of the first.
+
     Args:
         window: with ``input_rms.fingerprint``, and at least `_SAME` points of lookback.
         steps: ``(step,)`` int64.
@@ -26,7 +28,7 @@ def whole_data(window: Window, steps: Steps) -> Mask:
         ``(step, 1)``: True where the inputs of the last 10 steps (at the start: of at least 3) have one fingerprint.
     """
     block = window["input_rms.fingerprint"]
-    if not len(block.steps):
+    if not len(block.steps) or window.facts.get("processes", 1) > 1:
         return np.zeros((len(steps), 1), dtype=np.bool_)
     (name,) = block.names
     values, has = block[name], block.has(name)

@@ -8,7 +8,8 @@ What it means:
 How it is decided:
     The ratio of learning rate and (preconditioned) sharpness to the edge, `edge_of_stability`, is above 1.5 in 3
     measurements in a row, and the loss of each is above that of the one before. Judged only where every step trains on
-    the same batch: the Hessian of a small batch is up to several times sharper than that of all the data.
+    the same batch, and one process alone: the Hessian of a small batch is up to several times sharper than that of all
+    the data.
 
 What to do:
     Lower the learning rate below the largest stable one that is shown, or warm it up; clip the gradient norm.

@@ -8,7 +8,7 @@ What it means:
 How it is decided:
     Of the last 10 measurements of `edge_of_stability`, one was above 1.3; the loss then rose to 1.3 times the loss at
     that measurement or more; now the ratio is below 1.2 and at most 0.8 of what it was, and the loss is not above
-    what it was. Judged only where every step trains on the same batch.
+    what it was. Judged only where every step trains on the same batch, and one process alone.
 
 What to do:
     Nothing, if the spike is acceptable; else warm the learning rate up, or raise it in smaller steps.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,8 @@ from monitor.store.layout import LIVE, RANK, names, parse_part, replacing
 
 Ids = npt.NDArray[np.int32]
 Values = npt.NDArray[np.float32]
+#: What a table is made of: columns of one length, numbers (what is masked is null) or strings.
+Vectors = Mapping[str, npt.NDArray[Any] | Sequence[str]]
 
 ROW_GROUP = 1 << 17
 _BATCH = 1 << 14  # rows that a merge holds of each part
@@ -221,9 +223,11 @@ def _regrouped(chunks: Iterable[Points]) -> Iterator[Points]:
 
 
 def arrow(a: npt.NDArray[Any]) -> pa.Array:
-    """``a``, numbers or truths, as an Arrow array."""
-    data = np.packbits(a, bitorder="little") if a.dtype == np.bool_ else np.ascontiguousarray(a)
-    return pa.Array.from_buffers(pa.from_numpy_dtype(a.dtype), len(a), [None, pa.py_buffer(data)])
+    """``a``, numbers or truths, as an Arrow array; what is masked is null."""
+    data = np.packbits(a, bitorder="little") if a.dtype == np.bool_ else np.ascontiguousarray(np.ma.getdata(a))
+    mask = np.ma.getmask(a)
+    valid = None if mask is np.ma.nomask else pa.py_buffer(np.packbits(~mask, bitorder="little"))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(a.dtype), len(a), [valid, pa.py_buffer(data)])
 
 
 def utf8(strings: Iterable[str]) -> list[str]:

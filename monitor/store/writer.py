@@ -28,9 +28,12 @@ from monitor.store.parts import (
     Names,
     Part,
     Points,
+    Vectors,
+    arrow,
     gather,
     merge,
     open_parts,
+    texts,
     visible,
     write_part,
     write_table,
@@ -199,13 +202,13 @@ class RunWriter:
         path = self._rank / layout.FINDINGS
         self._try("findings", lambda: write_findings(path, findings, state, rules_hash))
 
-    def table(self, name: str, step: int, table: pa.Table) -> None:
+    def table(self, name: str, step: int, vectors: Vectors) -> None:
         """Store a table of vectors, recorded at ``step``.
 
         Args:
             name: snake_case.
             step: when.
-            table: anything Parquet holds.
+            vectors: the columns.
 
         Raises:
             UsageError: if ``name`` is not snake_case.
@@ -213,6 +216,8 @@ class RunWriter:
         path = self._rank / layout.TABLES / layout.table_name(name, self.attempt, step)
 
         def write() -> None:
+            given = {key: arrow(c) if isinstance(c, np.ndarray) else texts(c) for key, c in vectors.items()}
+            table = pa.Table.from_arrays(list(given.values()), names=list(given))
             with layout.replacing(path) as temp:
                 write_table(temp, [table], table.schema)
 

@@ -35,6 +35,11 @@ CASES = (
         measured([3.0] * 10, RISING, OTHERS[:40] + ONE[:60]),
         (("", 50),),
     ),
+    Case(
+        "several processes: one batch, which is a part of the data",
+        measured([1.6] * 10, RISING),
+        facts={"processes": 2},
+    ),
     Case("near miss: overshooting the edge, as on the way to it", measured([1.3] * 10, RISING)),
     Case("near miss: above it, and the loss falls", measured([1.6] * 10, FALLING)),
     Case("near miss: two measurements", measured([1.0] * 4 + [1.6] * 2 + [1.0] * 4, RISING)),

@@ -29,6 +29,7 @@ CASES = (
     # at step 70 the loss is 4 - .3·9 = 1.3, above what it was; at step 80 it is 0.9
     Case("thrown at 50, landed at 80", run(RATIO, THROWN), (("", 80),), "info"),
     Case("near miss: another batch every step", run(RATIO, THROWN, batch=1.0)),
+    Case("several processes: one batch, a part of the data", run(RATIO, THROWN), facts={"processes": 2}),
     Case("near miss: the loss has not come back", run(RATIO, [*THROWN[:61], *[4.0] * 39])),
     Case("near miss: it never rose", run(RATIO, [1.0] * 51 + [0.9] * 49)),
     Case("near miss: the ratio stays", run([1.0] * 5 + [2.0] * 5, THROWN)),

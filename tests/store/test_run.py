@@ -276,10 +276,24 @@ def test_update(folder: Path) -> None:
 def test_tables(folder: Path) -> None:
     """Oracle: invariance. A table comes back as it was; a name that could leave the folder is refused."""
     writer = RunWriter.create(folder, script="t.py")
-    table = pa.table({"eigenvalue": [1.0, 2.0], "text": ["a", "b"]})
+    table = {
+        "eigenvalue": np.array([1.0, np.inf]),
+        "since": np.ma.masked_invalid([np.nan, 3.0]),
+        "row": np.arange(2, dtype=np.int32),
+        "right": np.array([False, True]),
+        "text": ["a", "b\ud800"],
+    }
     writer.table("spectral_density", 7, table)
     run = open_run(folder)
-    assert run.tables() == [("spectral_density", 0, 7)] and run.table("spectral_density", 7).equals(table)
+    assert run.tables() == [("spectral_density", 0, 7)]
+    wanted = {
+        "eigenvalue": pa.array([1.0, np.inf]),
+        "since": pa.array([None, 3.0]),
+        "row": pa.array([0, 1], pa.int32()),
+        "right": pa.array([False, True]),
+        "text": pa.array(["a", "b?"]),
+    }
+    assert run.table("spectral_density", 7).equals(pa.table(wanted))
     for name in ("../x", "a/b", "A", "", "a-b", "a\x1b"):
         with pytest.raises(UsageError, match="expected a snake_case name"):
             writer.table(name, 7, table)

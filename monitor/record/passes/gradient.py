@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _LEAST = 1e-15
 
 
-@dataclass(frozen=True)
-class History:
+class History(NamedTuple):  # made at every step
     """What Adam remembers of the gradients.
 
     Attributes:
@@ -161,15 +160,18 @@ class GradientReader:
             return
         v = self._row(self._seconds, row, [v for i in row.at if (v := history.seconds[i]) is not None])
         tripped = self._tripped(v, square, history)
-        if tripped.any():
-            pieces = zip(row.at, row.begins, [*row.begins[1:], row.size], strict=True)
-            for i, begin, end in pieces:
-                if (mine := tripped[begin:end]).any():
-                    out[i, _SPIKES:] = _spikes(g[begin:end], v[begin:end], np.flatnonzero(mine), history)
+        if tripped.size:
+            begins = row.begins.tolist()
+            cuts = np.searchsorted(tripped, row.begins).tolist()
+            for i, begin, end, first, behind in zip(
+                row.at, begins, [*begins[1:], row.size], cuts, [*cuts[1:], tripped.size], strict=True
+            ):
+                if behind > first:
+                    out[i, _SPIKES:] = _spikes(g[begin:end], v[begin:end], tripped[first:behind] - begin, history)
 
-    def _tripped(self, v: Array, square: Array, history: History) -> Array:
-        """Which elements may be spiked; overwrites ``square``."""
-        return np.less(v, np.multiply(square, history.slope, out=square), out=self._below[: v.size])
+    def _tripped(self, v: Array, square: Array, history: History) -> npt.NDArray[np.intp]:
+        """Places of the elements that may be spiked; overwrites ``square``."""
+        return np.flatnonzero(np.less(v, np.multiply(square, history.slope, out=square), out=self._below[: v.size]))
 
     def _close_up(
         self, row: npt.NDArray[np.float32], gradient: Tensor, second: Tensor | None, history: History | None
@@ -183,9 +185,9 @@ class GradientReader:
             total += dot(piece, piece)
             peak = np.maximum(peak, square.max())
             if v is not None and history is not None:
-                below = self._tripped(v[begin : begin + self.PIECE], square, history)
-                if below.any():
-                    tripped.append(begin + np.flatnonzero(below))
+                some = self._tripped(v[begin : begin + self.PIECE], square, history)
+                if some.size:
+                    tripped.append(some + begin)
         row[_NORM], row[_PEAK] = math.sqrt(total), math.sqrt(peak)
         if v is not None and history is not None:
             row[_SPIKES:] = _spikes(g, v, np.concatenate(tripped), history) if tripped else (0, 0)
@@ -242,14 +244,16 @@ class GradientReader:
 def _spikes(g: Array, v: Array, at: npt.NDArray[np.intp], history: History) -> tuple[float, float]:
     """Number and largest ratio of the spiked elements of a vector on a CPU; ``at`` are those to be looked at."""
     beta2 = history.beta2
-    square, now = np.square(g[at].astype(np.float64)), v[at].astype(np.float64)
+    square, now = g[at].astype(np.float64), v[at].astype(np.float64)
+    square *= square
     before = (now - (1 - beta2) * square) / beta2
     lost = before <= _LOST * now
     if lost.any():
-        before[lost] = (float(v.sum()) - float(now.sum())) / max(1, v.size - at.size)
-    ratio = square * history.correction / np.maximum(before, np.finfo(np.float64).tiny)
-    spiked = (ratio > THETA) & (before > 0)
-    return float(spiked.sum()), float(ratio[spiked].max(initial=0))
+        mean = (float(v.sum()) - float(now.sum())) / max(1, v.size - at.size)
+        before[lost] = mean if mean > 0 else math.inf  # there is nothing to compare with
+    ratio = square * history.correction / before
+    largest = float(ratio.max())
+    return (float(np.count_nonzero(ratio > THETA)), largest) if largest > THETA else (0.0, 0.0)
 
 
 def _spikes_on_device(g: Tensor, v: Tensor, history: History) -> Tensor:

@@ -63,7 +63,6 @@ class LogitsSite(Site):
             return
         if not self.rec.training or z.numel() == 0:
             return
-        z = z.detach()
         if z.dim() == 1:
             z, y = z.unsqueeze(0), y.unsqueeze(0)
         if z.shape[1] < 2:  # of one class every loss is exactly 0, which says nothing
@@ -95,7 +94,7 @@ class LogitsSite(Site):
 
         The stride is odd, so that over a sequence length that is a power of two every position is met.
         """
-        rows = z.movedim(1, -1)
+        rows = z.detach().movedim(1, -1)
         count = rows.shape[:-1].numel()
         if rows.is_contiguous():  # as of a language model, (batch, class, token): rows are read where they lie
             rows, y = rows.flatten(0, -2), None if y is None else y.flatten()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from monitor.curvature.environment import RandomState
 from monitor.probes.pathways import Pathways
-from monitor.record.followed import Followed
+from monitor.record import processes
+from monitor.record.facts import unwrap
 from monitor.record.mode import Watcher
+from monitor.record.private import compiles
 from monitor.record.probe import Moment, Probe
 from monitor.record.site import START, Site
 from monitor.record.sites._backward import BACKWARD, losses
@@ -22,6 +25,8 @@ from monitor.record.tape import Tape
 
 #: Memory that the first batch of a run may take to be kept as the probe set.
 KEEP = 64 << 20
+#: Why a batch cannot be played again.
+UNSEEN = "between model and loss something is computed that cannot be seen: a torch.autograd.Function, a compiled one"
 #: Probes that run though nobody asked for them.
 DEFAULT: tuple[type[Probe], ...] = (Pathways,)
 
@@ -66,7 +71,9 @@ class ProbeSite(Site):
         self._tape: Tape | None = None
         self._tapes: list[tuple[int, Tape]] = []  # with the attempt at an update that they belong to
         self._first: Tape | None = None
-        self._why_no_tape = ""
+        self._why_no_tape = self._why_no_first = ""
+        self._local: processes.LocalGradients | None = None
+        self._averaging: list[weakref.ref[nn.Module]] = []  # what averages gradients over processes
 
     def before(self) -> dict[Any, Watcher]:
         """A call of backward ends a tape."""
@@ -74,24 +81,53 @@ class ProbeSite(Site):
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide what is due in this step, and whether it has to be taped."""
+        late = self._steps == 0 and self._join(module)
         if self._decided != self.rec.step:
             self._decide()
+        if late:
+            self._due, self.rec.probing = [], False
+            return
         self.rec.mode.tape = None  # what happens inside a root module is played again by calling it
         if self._tape is None and (self._keeps or any(s.probe.taped for s in self._due)):
             random = RandomState.capture([self.rec.device])
             self._tape = Tape(self.rec.roots, random)
+        if self._local is None and any(s.probe.taped for s in self._due) and processes.several():
+            self._local = processes.LocalGradients(self.rec.roots, lambda: self.rec.epoch, self._pay)
+
+    def _pay(self, seconds: float) -> None:
+        self.rec.spent += seconds
+        self.rec.probed += seconds
 
     def _decide(self) -> None:
         now = time.perf_counter()
         if self._steps <= 1:  # the first step also pays for looking around, which is not the training's time
             self._began, self._spent = now, self.rec.spent
         self._decided = self.rec.step
-        self._tape = None
+        self._tape = self._local = None
         self._tapes.clear()
         elapsed = now - self._began - (self.rec.spent - self._spent)  # the training's own time
         self._due = [s for s in self._all if s.due(self.rec.step, elapsed, self._steps)]
         self.rec.probing = bool(self._due)
         self._steps += 1
+
+    def _join(self, module: nn.Module) -> bool:
+        """Of several processes: look for what averages gradients, and follow it should the model alone have been given.
+
+        It may do something to the model's output that no tape of the model alone could tell of.
+
+        Returns:
+            True if the call of ``module`` that has begun comes from such a wrapper, not followed until now.
+        """
+        if not processes.several():
+            return False
+        found = processes.wrappers()
+        self._averaging = [weakref.ref(w) for w in found]
+        if [module] != list(self.rec.roots) or compiles():
+            return False
+        around = [w for w in found if unwrap(w) is module]
+        for w in around:
+            self.rec.adopt(w)
+        return bool(around)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A root module has been called: from here to backward every call counts."""
@@ -125,7 +161,11 @@ class ProbeSite(Site):
         self._tapes.append((self.rec.epoch, tape))
         if self._keeps:
             self._keeps = False
-            if tape.nbytes <= KEEP:
+            if tape.severed:
+                self._why_no_first = UNSEEN
+            elif tape.nbytes > KEEP:
+                self._why_no_first = f"the first batch takes more than {KEEP >> 20} MiB"
+            else:
                 self._first = tape.copy()
 
     def before_update(self, optimizer: Optimizer) -> None:
@@ -133,37 +173,62 @@ class ProbeSite(Site):
         due, self._due = self._due, []
         tapes = [tape for epoch, tape in self._tapes if epoch == self.rec.epoch]
         self._tapes.clear()
+        local = None if self._local is None else self._local.take(self.rec.epoch)
+        self._local = None
         for s in due:
             p = s.probe
             if not s.asked:  # not before: other sites have to see a step first
                 s.asked = True
-                s.why_not = _impossible(self.rec.followed, p) or p.wanted(self.rec)
+                s.why_not = self._impossible(p) or p.wanted(self.rec)
             if s.why_not is not None:
                 continue
             if (p.taped and not tapes) or (p.keeps_first and self._keeps):
                 s.why_not = self._why_no_tape or "no call of backward was seen"
             elif p.keeps_first and self._first is None:
-                s.why_not = f"the first batch takes more than {KEEP >> 20} MiB"
+                s.why_not = self._why_no_first
             else:
-                self._measure(s, optimizer, tapes if p.taped else [])
+                self._measure(s, optimizer, tapes if p.taped else [], local)
         if all(s.why_not is not None for s in self._all if s.probe.keeps_first):
             self._first = None  # nobody is left to need it
 
     def on_row(self) -> None:
         """Nothing of a step is kept beyond it, also of a forward that no backward followed."""
-        self._tape = self.rec.mode.tape = None
+        self._tape = self.rec.mode.tape = self._local = None
 
-    def _measure(self, s: _Scheduled, optimizer: Optimizer, tapes: Sequence[Tape]) -> None:
+    def _measure(
+        self, s: _Scheduled, optimizer: Optimizer, tapes: Sequence[Tape], local: Mapping[int, Tensor] | None
+    ) -> None:
         begin = time.perf_counter()
         first = self._first if s.probe.keeps_first else None
+        moment = Moment(self.rec.step, self.rec.roots, optimizer, tapes, first, self.rec, local)
         try:
-            s.probe.measure(Moment(self.rec.step, self.rec.roots, optimizer, tapes, first, self.rec))
+            with processes.alone(self._wrappers()) if processes.several() else nullcontext():
+                s.probe.measure(moment)
+        except processes.Alone as e:
+            s.why_not = _said(f"{e}", s.probe)
         except Exception as e:
             s.why_not = f"{e}" if type(e).__module__.startswith("monitor.") else f"{type(e).__name__}: {e}"
             self.rec.flusher.warn(f"{s.probe.name} is not measured from step {self.rec.step} on: {s.why_not}")
         s.last = time.perf_counter() - begin
         s.spent += s.last
         self.rec.probed += s.last
+
+    def _impossible(self, probe: Probe) -> str | None:
+        """Why no probe may run the models at all, and what measures the same then."""
+        followed = self.rec.followed
+        if followed.sharded:
+            return "the parameters are sharded"
+        if not processes.several():
+            return None
+        if not processes.first():
+            return "several processes train together, and the first one measures"
+        if not processes.averaged(followed.roots, self._wrappers()):
+            why = "several processes train together without DistributedDataParallel: one alone could wait for ever"
+            return _said(why, probe)
+        return None
+
+    def _wrappers(self) -> list[nn.Module]:
+        return [w for known in self._averaging if (w := known()) is not None]
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """Probes that could not be measured. Of those that nobody asked for, only what the model would have had."""
@@ -182,11 +247,5 @@ class ProbeSite(Site):
         return found
 
 
-def _impossible(followed: Followed, probe: Probe) -> str | None:
-    """Why no probe may run the models at all, and what measures the same then."""
-    if followed.sharded:
-        return "the parameters are sharded"
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        why = "several processes train together, and a forward of one alone could wait for the others for ever"
-        return f"{why}; {probe.elsewhere}" if probe.elsewhere else why
-    return None
+def _said(why: str, probe: Probe) -> str:
+    return f"{why}; {probe.elsewhere}" if probe.elsewhere else why
