@@ -23,6 +23,15 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--show",
+            metavar="COLUMN",
+            help="Also show the last value of a column, as sharpness.value; again for more.",
+            show_default=False,
+        ),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Shorten nothing: lay every run over the first.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead; see cli/README.md.")] = False,
     debug: Debug = False,
@@ -30,7 +39,8 @@ def compare(
     """Show runs side by side, and where each parts from the first.
 
     Of a sweep also how much the learning rate matters, and what attention logits a larger model would have. Of a
-    folder, the run begun first is the reference.
+    folder, the run begun first is the reference. ``--show`` adds columns to the table: of several modules it shows the
+    largest value.
     """
     with reported(debug):
         one_thread()
@@ -41,7 +51,10 @@ def compare(
 
         opened, unreadable = _opened(runs or [runs_folder()])
         pairs = len(opened) if everything else PAIRS
-        found = side_by_side(opened, pairs)
+        found = side_by_side(opened, pairs, columns or ())
+        for column in columns or ():
+            if not any(column in row.shown for row in found.rows):
+                raise UsageError(f"no run has {column}; `monitor explain` lists metrics, `monitor explain ID` columns")
         if json:
             typer.echo(json_compare.dumps(found, unreadable))
         else:

@@ -3,8 +3,9 @@
     schema         1. Keys may be added within a schema; none changes its meaning or goes
     runs           the runs, the reference first: path, name (shortest that tells it from the others), status, steps,
                    first_step, last_step, loss (the last recorded), nonfinite (losses that were), logged (name -> last
-                   value), rate (peak learning rate), parameters, level and text (of the verdict), onset (step of its
-                   worst incident), head (title of that)
+                   value), shown (column of --show -> last value, of several modules the largest), rate (peak learning
+                   rate), parameters, level and text (of the verdict), onset (step of its worst incident), head (title
+                   of that)
     unreadable     runs of a given folder that cannot be read: path, why
     differs        fact -> its text in each run, of the facts that are not equal
     partings       one per run that was laid over the reference: run (its name), series (that both have), judged (of

@@ -28,7 +28,8 @@ from monitor.diagnosis.text import number, plain
 from monitor.store.summary import SeriesSummary
 from monitor_cli.render import FEW, MANY, NONFINITE, Frame, badge, caption, labelled, spark
 
-#: Runs that get a column of their own in the table of what differs; of more, each distinct value is counted.
+#: Runs that get a column of their own in the table of what differs, and a paragraph on where they part; of more, each
+#: distinct value is counted, and each parting is a line.
 COLUMNS = 4
 #: Logged values that get a column in the table of runs, those of validation first.
 LOGGED = 2
@@ -51,7 +52,10 @@ def screen(
     """
     blocks = [_table(found, unreadable, everything), _differs(found, everything)]
     blocks += [_curves(found.rows, [s[0] if s else None for s in losses], everything)]
-    blocks += [_parting(found, p, everything) for p in found.partings]
+    if len(found.rows) > COLUMNS and not everything:
+        blocks.append(_partings(found))
+    else:
+        blocks += [_parting(found, p, everything) for p in found.partings]
     if len(found.partings) < len(found.rows) - 1:
         rest = len(found.rows) - 1 - len(found.partings)
         blocks.append(Text(f"{rest} more not laid over the first: name fewer runs, or --all", "dim"))
@@ -62,35 +66,32 @@ def screen(
 def _table(found: Comparison, unreadable: Sequence[tuple[Path, str]], everything: bool) -> RenderableType:
     rows = found.rows if everything else found.rows[:MANY]
     logged = logged_in(found.rows, 0.0 if everything else 0.5)[: None if everything else LOGGED]
-    sizes = {
-        "peak lr": ["" if row.rate is None else f"{row.rate:g}" for row in rows],
-        "parameters": [f"{row.parameters:,}" if row.parameters else "" for row in rows],
-    }
+    shown = list(dict.fromkeys(ref for row in rows for ref in row.shown))
+    columns = [
+        ("status", [plain(row.status, 12) for row in rows]),
+        ("steps", [f"{row.steps:,}" for row in rows]),
+        ("loss", ["" if row.loss is None else number(row.loss) for row in rows]),
+        *((plain(m, 12), [number(row.logged[m]) if m in row.logged else "" for row in rows]) for m in logged),
+        *((_heading(ref), [number(row.shown[ref]) if ref in row.shown else "" for row in rows]) for ref in shown),
+        ("peak lr", ["" if row.rate is None else f"{row.rate:g}" for row in rows]),
+        ("parameters", [f"{row.parameters:,}" if row.parameters else "" for row in rows]),
+    ]
     # what is the same in all leaves its room to what is not
-    sizes = {head: texts for head, texts in sizes.items() if len(set(texts)) > 1 or everything}
+    spare = {"peak lr", "parameters", *(("status", "steps") if shown else ())}
+    columns = [c for c in columns if everything or c[0] not in spare or len(set(c[1])) > 1]
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
     grid.add_column(no_wrap=True)
-    grid.add_column(no_wrap=True)
-    for _ in range(2 + len(logged) + len(sizes)):
-        grid.add_column(no_wrap=True, justify="right")
+    for head, _ in columns:
+        grid.add_column(no_wrap=True, justify="left" if head == "status" else "right")
     grid.add_column(no_wrap=True, ratio=1, min_width=22)  # only the title of the trouble may be cut
-    heads = ("run", "status", "steps", "loss", *(plain(m, 12) for m in logged), *sizes, "verdict")
-    grid.add_row(*(Text(t, "dim") for t in heads))
+    grid.add_row(*(Text(head, "dim") for head in ("run", *(head for head, _ in columns), "verdict")))
     for i, row in enumerate(rows):
         verdict = badge(row.level)
         if row.onset is not None:
             verdict.append(f"  step {row.onset:,}", "not bold default")
         if row.head:
             verdict.append(f"  {plain(row.head, 40)}", "not bold default")
-        grid.add_row(
-            plain(row.name, NAME),
-            plain(row.status, 12),
-            f"{row.steps:,}",
-            "" if row.loss is None else number(row.loss),
-            *(number(row.logged[m]) if m in row.logged else "" for m in logged),
-            *(texts[i] for texts in sizes.values()),
-            verdict,
-        )
+        grid.add_row(plain(row.name, NAME), *(texts[i] for _, texts in columns), verdict)
     below: list[RenderableType] = []
     if hidden := len(found.rows) - len(rows):
         below.append(Text(f"… and {hidden} more, --all lists them", "dim"))
@@ -99,6 +100,12 @@ def _table(found: Comparison, unreadable: Sequence[tuple[Path, str]], everything
         for path, why in (unreadable if everything else unreadable[:FEW])
     ]
     return Group(grid, *below)
+
+
+def _heading(ref: str) -> str:
+    """A column's own name; that of its metric, where the column is just its value."""
+    metric, _, column = ref.partition(".")
+    return plain(metric if column == "value" else column, NAME)
 
 
 def _differs(found: Comparison, everything: bool) -> RenderableType | None:
@@ -170,6 +177,27 @@ class _Curve:
         text = Text(line, "cyan", no_wrap=True)
         text.highlight_regex(NONFINITE, "bold red")
         yield text
+
+
+def _partings(found: Comparison) -> RenderableType:
+    """A line for each run that is the same as the first one for a while, or leaves it later; the rest are counted."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(4):
+        grid.add_column(no_wrap=True)
+    told = [p for p in found.partings if p.later or p.identical_until is not None or not p.first]
+    for p in told:
+        until = "" if p.identical_until is None else f"same until {p.identical_until:,}"
+        if not p.first:
+            until = "identical" if p.series else "nothing in common"
+        where = (
+            [f"parts at {(d := p.later[0]).step:,}", f"{d.ref} {plain(d.module, NAME)}", apart(d)] if p.later else []
+        )
+        grid.add_row(plain(found.rows[p.run].name, NAME), *(Text(t, "dim") for t in (until, *where)))
+    title = Text.assemble("against ", (plain(found.rows[0].name, NAME), "bold"))
+    rest = len(found.partings) - len(told)
+    counted = [f"{rest} different from the start and not outside its noise band later"] if rest else []
+    lines = [*counted, "name two of them, or --all, for more"]
+    return Group(title, *([grid] if told else []), Text("; ".join(lines), "dim"))
 
 
 def _parting(found: Comparison, p: Parting, everything: bool) -> RenderableType:

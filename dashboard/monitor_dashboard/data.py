@@ -22,10 +22,12 @@ from monitor.diagnosis.comparison import Comparison, Parting, compare, noise_ban
 from monitor.diagnosis.finding import Verdict
 from monitor.diagnosis.phases import LogTime, Phases, log_distance, phases
 from monitor.diagnosis.remarks import Remark, remarks
+from monitor.diagnosis.transition import Transition, transition
 from monitor.errors import RunFormatError
 from monitor.metric import SITES, Block, Metric, load_metrics
 from monitor.store.find import find_runs
 from monitor.store.run import Run, open_run
+from monitor.store.summary import SeriesSummary
 from monitor_dashboard import sampling
 from monitor_dashboard.sampling import Floats, Grid, Line
 
@@ -132,6 +134,12 @@ class View:
             return phases(self.run)
 
     @cached_property
+    def transition(self) -> Transition | None:
+        """What the markers say that need no held-out data; None if the training data were not learned."""
+        with self._lock:
+            return transition(self.run)
+
+    @cached_property
     def log_distance(self) -> LogTime | None:
         """How the distance from the start grows with the logarithm of the steps; None if it was not recorded."""
         with self._lock:
@@ -169,10 +177,12 @@ class View:
         with self._lock:
             return self.run.block(ref, self.modules(ref), step - back + 1, step)
 
-    def wide(self, ref: str) -> bool:
-        """Whether the positive values of ``ref`` are told apart on a logarithmic scale only."""
-        with self._lock:
-            found = self.run.summary(ref)
+    def wide(self, ref: str, others: Sequence[View] = ()) -> bool:
+        """Whether the positive values of ``ref``, here and in others, are told apart on a logarithmic scale only."""
+        found: list[SeriesSummary] = []
+        for view in (self, *others):
+            with view._lock:
+                found += view.run.summary(ref)
         lows = [float(s.band.min[s.band.min > 0].min()) for s in found if (s.band.min > 0).any()]
         highs = [s.max for s in found if s.max > 0]
         return bool(lows and highs) and max(highs) > _WIDE * min(lows)

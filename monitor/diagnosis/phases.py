@@ -7,10 +7,7 @@ An ordinary training has a ratio of at most 3; above 10 it is called grokking. O
 than 0.3 behind at t_mem: one that creeps from 0.97 to 0.99 takes long too, and is no delay. Where no accuracy is known,
 a loss of at most 1 % of its first value stands for an accuracy of 0.99, and 30 % of it for being behind.
 
-There is no score without held-out data. Votes of markers that need none (the norm of the parameters falls, the Gini of
-the embeddings rises, the effective rank of the hidden weights falls; three that agree at five evaluations in a row)
-were tried on addition modulo 41: they agree at step 1,400 or 1,500 of a run on a fifth of the pairs, which never
-generalises, and in three that do at held-out accuracies between 0.2 and 0.97. So the markers are shown side by side.
+What can be said without held-out data is in `transition`; it is little, and apart from this.
 
 These need the whole history, which no rule has: a rule sees a bounded part of it, so that it can run beside a
 training. The rules say what the state is (`grokking_phase`, `memorised_without_generalising`); this says, of a recorded
@@ -36,7 +33,10 @@ if TYPE_CHECKING:
 
 Steps = npt.NDArray[np.int64]
 Label = Literal["normal", "delayed", "grokking", "memorised", "undecided"]
+Quantity = Literal["accuracy", "loss"]
 
+#: What says how well data are known, the one that is asked first.
+QUANTITIES: tuple[Quantity, ...] = ("accuracy", "loss")
 #: Accuracy that counts as learned, share of the first loss that does, and consecutive evaluations that must show it.
 LEARNED, LOSS_LEFT, HELD = 0.99, 0.01, 3
 #: Largest delay ratio of an ordinary and of a delayed training.
@@ -154,25 +154,45 @@ def phases(run: Run) -> Phases | None:
 
     The held-out series is one that the script logged under a usual name (``val_acc``, ``test/accuracy``,
     ``eval_loss``); the training series is a logged one, else the accuracy or loss of the batches trained on, the
-    accuracy over the last 512 rows.
+    accuracy over the last 512 rows. Without a logged one, the losses that `monitor.probes.FourierLosses` measures.
     """
     logged = run.modules("logged.value")
-    for quantity in ("accuracy", "loss"):
-        held, own = logged_as(logged, quantity), logged_as(logged, quantity, train=True)
-        if not held:
+    for quantity in QUANTITIES:
+        held = logged_as(logged, quantity)
+        if not held or (found := _training(run, quantity)) is None:
             continue
-        test = run.series("logged.value", held[0])
-        if own:
-            train, name = run.series("logged.value", own[0]), f"logged.value {own[0]}"
-        elif quantity == "accuracy" and (modules := run.modules("train_accuracy.accuracy")):
-            train, name = _batches(run, modules[0]), f"train_accuracy.accuracy {modules[0]}"
-        elif quantity == "loss" and (modules := run.modules("loss.value")):
-            train, name = run.series("loss.value", modules[0]), f"loss.value {modules[0]}".rstrip()
-        else:
-            continue
+        (train, name), test = found, run.series("logged.value", held[0])
         if len(train[0]) and len(test[0]):
             return judge(train, test, losses=quantity == "loss", names=(name, f"logged.value {held[0]}"))
+    pair = ("restricted_loss.train", "restricted_loss.test")
+    train, test = (run.series(ref) if run.modules(ref) else None for ref in pair)
+    return judge(train, test, losses=True, names=pair) if train and test else None
+
+
+def memorised_at(run: Run) -> int | None:
+    """t_mem of a recorded run, which needs no held-out data; None if it was not reached, or nothing tells."""
+    for quantity in QUANTITIES:
+        found = _training(run, quantity)
+        if found is None or not len(found[0][0]):
+            continue
+        steps, values = found[0]
+        at = learned_at(steps, _small(values) if quantity == "loss" else values >= LEARNED)
+        if at is not None:
+            return at
     return None
+
+
+def _training(run: Run, quantity: Quantity) -> tuple[tuple[Steps, Array], str] | None:
+    """Accuracy or loss of the training data, and the name of the series; None if it is not known."""
+    own = logged_as(run.modules("logged.value"), quantity, train=True)
+    if own:
+        return run.series("logged.value", own[0]), f"logged.value {own[0]}"
+    modules = run.modules("train_accuracy.accuracy" if quantity == "accuracy" else "loss.value")
+    if not modules:
+        return None
+    if quantity == "accuracy":
+        return _batches(run, modules[0]), f"train_accuracy.accuracy {modules[0]}"
+    return run.series("loss.value", modules[0]), f"loss.value {modules[0]}".rstrip()
 
 
 def _batches(run: Run, module: str) -> tuple[Steps, Array]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from monitor.diagnosis.finding import Verdict
 from monitor.diagnosis.phases import NORMAL, Phases, phases
 from monitor.diagnosis.text import number
+from monitor.diagnosis.transition import told as hint
+from monitor.diagnosis.transition import transition
 from monitor.metric import load_metrics
 from monitor.rule import load_rules
 from monitor.rules._series import logged_as
@@ -50,10 +52,12 @@ class Remark:
 def remarks(run: Run, verdict: Verdict) -> tuple[Remark, ...]:
     """What is remarkable in ``run``, beside what ``verdict`` tells; names in it are as recorded.
 
-    Cost: summaries, and where the script logged held-out data, its series and that of the training accuracy.
+    Cost: summaries and the training accuracy; where the script logged held-out data its series, or else those of
+    `transition`, if the training data were learned.
     """
     told = {_family(f.rule) for incident in verdict.incidents for f in incident.findings}
-    found = [("phases", _way(phases(run)))]
+    way = phases(run)
+    found = [("phases", _hint(run) if way is None else _way(way))]
     for family, of in (("attention", _attention), ("routing", _routing), ("curvature", _curvature)):
         if family not in told:
             found.append((family, "; ".join(of(run))))
@@ -70,9 +74,14 @@ def _family(rule: str) -> str:
     return {"attention": "attention", "router": "routing"}.get(load_metrics()[metric].site, "")
 
 
-def _way(p: Phases | None) -> str:
+def _hint(run: Run) -> str:
+    """What is said of generalisation where no held-out data are known."""
+    return hint(found) if (found := transition(run)) else ""
+
+
+def _way(p: Phases) -> str:
     """When the training data were learned, and when that held for other data."""
-    if p is None or p.memorised is None:
+    if p.memorised is None:
         return ""
     learned = f"training data learned at step {p.memorised:,}"
     if p.generalised is not None and p.ratio is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from monitor.store.run import open_run
 from monitor.store.writer import RunWriter
 from monitor_cli import json_compare, render, render_compare
 from tests.cli.kit import FLOOR, assert_light, spent
@@ -106,6 +107,35 @@ class TestScreen:
         assert "0.001 ×3, 0.003 ×3, 0.01 ×3" in text
         assert "1 more not laid over the first" in text
         assert "not laid" not in shell("compare", "--all", *paths).stdout
+
+    def test_a_column_is_shown(self, record: Record, shell: Shell) -> None:
+        """Oracle: planted. The last value, of two modules the larger; NaN only where there is nothing else."""
+        ref = "jacobian_spectrum.condition"
+        more = {ref: {"a": np.full(300, 5.0), "b": np.arange(300.0)}, "sharpness.value": {"": np.full(300, np.nan)}}
+        a, b = record("a", more=more), record("b", jump=False)
+        text = shell("compare", a, b, "--show", ref, "--show", "sharpness.value").stdout
+        head, row, other = lines(text)[:3]
+        # status and steps are the same in both, and leave their room to what was asked for
+        assert head.split() == ["run", "loss", "condition", "sharpness", "verdict"]
+        assert row.split()[2:4] == ["299", "nan"]
+        assert other.split()[2] == "●"
+        found = json.loads(shell("compare", a, b, "--show", ref, "--json").stdout)["runs"]
+        assert [r["shown"] for r in found] == [{ref: 299}, {}]
+        result = shell("compare", a, b, "--show", "loss.nothing")
+        assert result.exit_code == 2
+        assert "no run has loss.nothing" in result.stderr
+
+    def test_of_many_runs_each_parting_is_a_line(self, record: Record, shell: Shell) -> None:
+        """Oracle: planted fault. Of four others one parts at step 200, one is the same, two differ from the start."""
+        first, same, parts = record("0", jump=False), record("1", jump=False), record("2")
+        loss = open_run(first).series("loss.value")[1]
+        others = [record(str(i), jump=False, more={"loss.value": {"": loss + i / 1000}}) for i in (3, 4)]
+        paths = [first, same, parts, *others]
+        told = shell("compare", *paths).stdout.partition("against 0")[2]
+        assert "1  identical" in told
+        assert "2  same until 199" in told
+        assert "2 different from the start and not outside its noise band later" in told
+        assert "3 against 0" in shell("compare", "--all", *paths).stdout
 
     def test_a_larger_model_that_would_diverge(self, record: Record, shell: Shell) -> None:
         paths = [
@@ -226,8 +256,8 @@ class TestJson:
         assert found["schema"] == 1
         assert list(found) == ["schema", "runs", "unreadable", "differs", "partings", "sensitivity", "extrapolation"]
         assert set(found["runs"][0]) == {
-            "path", "name", "status", "steps", "first_step", "last_step", "loss", "nonfinite", "logged", "rate",
-            "parameters", "level", "text", "onset", "head",
+            "path", "name", "status", "steps", "first_step", "last_step", "loss", "nonfinite", "logged", "shown",
+            "rate", "parameters", "level", "text", "onset", "head",
         }  # fmt: skip
         parting = found["partings"][0]
         assert set(parting) == {

@@ -27,6 +27,7 @@ from monitor.curvature import (
     singular_values,
     stability,
 )
+from monitor.store.find import find_runs
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
 
@@ -34,6 +35,11 @@ SAMPLES = Path(__file__).parents[2] / "sample_runs"
 def sample(name: str) -> dict[str, Any]:
     """What the script of a sample run defines."""
     return runpy.run_path(str(SAMPLES / f"{name}.py"))
+
+
+def sweep(name: str) -> list[monitor.Run]:
+    """The runs that the script of a sample recorded, in their order."""
+    return [monitor.open(folder) for folder in reversed(find_runs(SAMPLES / name))]
 
 
 def digits(count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -162,6 +168,19 @@ def test_double_descent_follows_the_condition_number():
 def test_double_descent_over_ten_draws():
     """Oracle: reproduction of Schaeffer et al. (2023), medians of ten draws as in spec 5.12."""
     check_double_descent(10)
+
+
+def test_double_descent_of_the_recorded_runs():
+    """Oracle: reproduction of Schaeffer et al. (2023), in the recorded sample runs: both peak at 100 features."""
+    runs = sweep("double_descent")
+    condition = np.array([run.series("jacobian_spectrum.condition")[1][0] for run in runs])
+    losses = [run.series("logged.value", "test_loss")[1] for run in runs]
+    begun, ended = (np.array([loss[step] for loss in losses]) for step in (1, -1))
+    assert [run.path.name for run in runs][3] == "width_100" and len(runs) == 7
+    for values in (condition, ended):
+        assert np.all(np.diff(values)[:3] > 0) and np.all(np.diff(values)[3:] < 0)
+    assert condition[3] > 50 * np.delete(condition, 3).max() and ended[3] > 50 * np.delete(ended, 3).max()
+    assert begun.max() < 2 * begun.min()  # no peak where the smallest direction has not been fitted yet
 
 
 # Opposing signals (spec D8)
@@ -351,6 +370,20 @@ def test_spectral_criteria_move_with_accuracy_under_shift():
     accuracy, criteria = criteria_under_shift(1, 3, 40)
     assert accuracy[0, 0] > 0.9 > 0.7 > accuracy[0, -1]
     assert all(falls_with_accuracy(accuracy, criteria[..., i]) == pytest.approx([-1.0]) for i in (0, 1))
+
+
+def test_spectral_criteria_of_the_recorded_runs():
+    """Oracle: reproduction of the LLA trend, in the recorded sample runs: r_e and K_½ rise with every step of noise.
+
+    The trainings are the same one.
+    """
+    runs = sweep("data_shift")
+    losses = [run.series("loss.value")[1] for run in runs]
+    assert all(np.array_equal(loss, losses[0]) for loss in losses) and len(runs) == 5
+    accuracy = np.array([run.series("logged.value", "test_acc")[1][-1] for run in runs])
+    assert accuracy[0] > 0.9 > 0.6 > accuracy[-1] and np.all(np.diff(accuracy) < 0)
+    for column in ("negative_ratio", "negative_weight"):
+        assert np.all(np.diff([run.series(f"spectral_density.{column}")[1][-1] for run in runs]) > 0)
 
 
 @pytest.mark.slow

@@ -195,3 +195,9 @@ def test_a_run_that_begins_does_not_change_what_is_compared(scripted, show, tmp_
     app.run()
     assert app.multiselect(key=Key.AGAINST).value == ["d"]
     assert not app.exception
+
+
+def test_what_is_far_apart_between_runs_is_on_a_log_scale(show) -> None:
+    """Oracle: golden (sample runs). Each has one condition number, and they span four orders of magnitude."""
+    app = show(SAMPLES / "double_descent", series="jacobian_spectrum.condition")
+    assert charts(app)[0]["layout"]["yaxis"]["type"] == "log"

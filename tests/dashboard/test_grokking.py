@@ -15,6 +15,8 @@ from streamlit.testing.v1 import AppTest
 from torch import nn
 
 import monitor
+from monitor.diagnosis.transition import CAVEAT
+from monitor.probes import EmbeddingGini
 from monitor_dashboard import figures, sampling
 from monitor_dashboard.figures import Band, Panel
 from monitor_dashboard.page import grokking
@@ -82,6 +84,25 @@ def test_gradient_along_the_weights_and_growth_are_drawn(show, tmp_path: Path) -
     drawn = json.dumps(chart(app))
     for words in ("<b>nlm_cos</b>", "Gradient along the weights", "ln t, R\\u00b2 0.", "0.weight", "2.weight"):
         assert words in drawn
+
+
+def test_without_held_out_data_there_is_a_hint(show, tmp_path: Path) -> None:
+    """Oracle: definition. What the markers say, what they lack, and always that it is indirect; no phases are drawn."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 8), nn.Flatten(), nn.Linear(16, 12, bias=False))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    x = torch.randint(0, 12, (8, 2))
+    with monitor.attach(model, tmp_path / "run", probes=[EmbeddingGini(every=2)]):
+        for _ in range(120):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), torch.arange(8)).backward()
+            optimizer.step()
+    app = show(tmp_path / "run")
+    text = said(app)
+    assert "the phases are not known" in text
+    assert f"{CAVEAT[0].upper()}{CAVEAT[1:]}; learned at step" in text
+    assert "At the last evaluation: gini " in text
+    assert "generalised at step" not in text
 
 
 def test_nothing_of_it_is_one_line(show, scripted, tmp_path: Path) -> None:

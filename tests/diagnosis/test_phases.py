@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 import monitor
 from monitor.diagnosis.phases import Phases, judge, log_distance, log_time, phases
+from monitor.store.writer import RunWriter
+from tests.rules.series import column
 
 SAMPLES = Path(__file__).parents[2] / "sample_runs"
 
@@ -109,6 +111,20 @@ def test_modular_addition() -> None:
     assert halved + 300 <= at[np.argmax(accuracy >= 0.5)]
     _, gini = run.series("gini.gini", "embed.weight")
     assert gini[-1] > 3 * gini[0]
+
+
+def test_losses_of_a_probe_will_do(tmp_path: Path) -> None:
+    """Oracle: definition. Without anything logged, the losses of FourierLosses: memorised, and 5 - 0.01 apart."""
+    writer = RunWriter.create(tmp_path / "run", script="train.py")
+    writer.append(
+        [column("restricted_loss.train", [[4.0], *[[0.01]] * 5]), column("restricted_loss.test", [[5.0]] * 6)]
+    )
+    writer.close("finished")
+    found = phases(monitor.open(writer.path))
+    assert found is not None
+    assert (found.train, found.test) == ("restricted_loss.train", "restricted_loss.test")
+    assert (found.memorised, found.generalised, found.label) == (1, None, "memorised")
+    assert found.gap == pytest.approx(4.99)
 
 
 def test_a_run_without_held_out_data_has_no_phases() -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import monitor
 from monitor.diagnosis.phases import phases
+from monitor.diagnosis.transition import transition
 from monitor.record.attach import close_all
 from monitor.rule import load_rules
 from monitor.store.run import Run
@@ -68,6 +69,9 @@ def test_modular_addition_that_never_generalises(weight_decay: float, part: floa
     assert at(run, "logged.value", "val_acc", 1480) <= 0.002
     assert at(run, "restricted_loss.restricted", "", 1400) > 3.5
     assert at(run, "gini.gini", "embed.weight", 1480) < 0.07
+    hint = transition(run)
+    assert hint is not None
+    assert hint.moved is None
     said = rules(run)
     assert said["grokking_phase"] <= 150
     assert 400 <= said["naive_loss_minimisation"] <= 900
@@ -88,6 +92,10 @@ def test_modular_addition_that_generalises(tmp_path: Path) -> None:
     steps, restricted = run.series("restricted_loss.restricted")
     at_half, accuracy = run.series("logged.value", "val_acc")
     assert steps[np.argmax(restricted < 2)] + 200 <= at_half[np.argmax(accuracy >= 0.5)]
+    hint = transition(run)
+    assert hint is not None
+    assert hint.moved is not None
+    assert hint.moved + 200 <= at_half[np.argmax(accuracy >= 0.5)]
     # weight decay balances it: a gradient along the weights alone does not keep a network from generalising
     assert run.series("nlm_cos.cos", "out.weight")[1][50:].min() > 0.8
     assert "naive_loss_minimisation" not in rules(run)

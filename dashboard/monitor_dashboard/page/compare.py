@@ -131,7 +131,7 @@ def _series(views: Sequence[View], found: Comparison, laid: Sequence[_Laid]) -> 
             module = choose.one_of(Key.SERIES_OF, modules, module, 250)
     metric = load_metrics()[ref.partition(".")[0]]
     column = metric.column(ref.partition(".")[2])
-    log = first.wide(ref) or (metric.plot.log and metric.plot.column == column.name)
+    log = first.wide(ref, views[1:]) or (metric.plot.log and metric.plot.column == column.name)
     empty = sampling.line(np.zeros(0, np.int64), np.zeros(0), log=log)
     drawn = {
         row.name: v.line(ref, module, *steps, log) if module in v.modules(ref) else empty

@@ -9,6 +9,7 @@ import streamlit as st
 
 from monitor.diagnosis.phases import Phases
 from monitor.diagnosis.text import number
+from monitor.diagnosis.transition import CAVEAT, Transition, told
 from monitor.rules._series import logged_as
 from monitor_dashboard import figures, markup, panels, theme, window
 from monitor_dashboard.data import View
@@ -54,7 +55,7 @@ def page(view: View) -> None:
     if found is None and not any(name in view.metrics for name, _ in MARKERS if name not in GENERAL):
         st.html(markup.line(NOTHING))
         return
-    st.html(_headline(found))
+    st.html(_headline(found) if found else _hint(view.transition))
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         steps = window.fields(view.span)
         log = st.toggle("log steps", value=False, key=Key.LOG_STEPS, bind="query-params", width="content")
@@ -66,10 +67,17 @@ def page(view: View) -> None:
         st.html(markup.line(f"Not recorded: {', '.join(missing)}"))
 
 
-def _headline(found: Phases | None) -> str:
+def _hint(found: Transition | None) -> str:
+    """What is said where no held-out data are known."""
+    unknown = markup.line("No held-out accuracy or loss was logged, so the phases are not known.")
     if found is None:
-        return markup.line("No held-out accuracy or loss was logged, so the phases are not known.")
+        return unknown
+    votes = ", ".join(f"{v.ref.partition('.')[0]} {'for' if v.agrees else 'against'}" for v in found.votes)
+    lines = [told(found) or CAVEAT, found.why, f"at the last evaluation: {votes}" if votes else ""]
+    return unknown + "".join(markup.line(text[0].upper() + text[1:]) for text in lines if text)
 
+
+def _headline(found: Phases) -> str:
     def at(step: int | None) -> str:
         return "not yet" if step is None else f"at step {step:,}"
 

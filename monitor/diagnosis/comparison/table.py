@@ -33,6 +33,7 @@ class Row:
         loss: last recorded loss, NaN if it is not finite or there is none; ``nonfinite`` counts those that are not.
         nonfinite: losses that were NaN or infinite.
         logged: the last value of everything the script logged.
+        shown: the last value of each column asked for, of several modules the largest; nothing where none was recorded.
         rate: peak learning rate, None if it is not known.
         parameters: number of scalars in the model, 0 if it is not known.
         level, text: of the verdict.
@@ -49,6 +50,7 @@ class Row:
     loss: float | None
     nonfinite: int
     logged: dict[str, float]
+    shown: dict[str, float]
     rate: float | None
     parameters: int
     level: Level
@@ -77,8 +79,8 @@ def logged_in(rows: Sequence[Row], part: float) -> list[str]:
     return [m for m in several if counted[m] >= part * len(rows)]
 
 
-def row(run: Run, name: str) -> Row:
-    """The row of a run that is shown as ``name``."""
+def row(run: Run, name: str, show: Sequence[str] = ()) -> Row:
+    """The row of a run that is shown as ``name``, with the columns ``show``."""
     verdict = run.verdict()
     worst = verdict.incidents[0].head if verdict.incidents else None
     loss = next(iter(run.summary("loss.value")), None)
@@ -94,6 +96,7 @@ def row(run: Run, name: str) -> Row:
         loss=last,
         nonfinite=loss.nonfinite if loss is not None else 0,
         logged={s.module: s.last for s in run.summary("logged.value")},
+        shown={ref: float(max(ends)) for ref in show if (ends := _ends(run, ref))},
         rate=_rate(run),
         parameters=sum(n for p in run.facts.get("parameters", ()) if isinstance(n := p.get("numel"), int)),
         level=verdict.level,
@@ -101,6 +104,12 @@ def row(run: Run, name: str) -> Row:
         onset=worst.first_step if worst is not None and timed else None,
         head=worst.title if worst is not None else "",
     )
+
+
+def _ends(run: Run, ref: str) -> list[float]:
+    """The last values of a column, NaN only if there is no other."""
+    ends = [s.last for s in run.summary(ref)]
+    return [v for v in ends if not math.isnan(v)] or ends
 
 
 def _about_facts(rule: str) -> bool:
