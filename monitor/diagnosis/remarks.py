@@ -37,8 +37,10 @@ SINK = 0.5
 IDLE, NARROW = 0.1, 0.5
 #: Share of the assignments whose loss is worth a word (arXiv 2101.03961 sec. 2.2: usual below it).
 DROPPED = 0.01
-#: Ratio to the edge of stability that is at the edge (as in `opposing_groups`), and growth of the sharpness.
-EDGE, GROWN = 0.9, 2.0
+#: Ratio to the edge of stability that is at the edge (as in `opposing_groups`) or above (as in the rule of that name).
+EDGE, ABOVE = 0.9, 1.5
+#: Growth of the sharpness.
+GROWN = 2.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def _routing(run: Run) -> Iterator[str]:
 
 def _curvature(run: Run) -> Iterator[str]:
     for s in run.summary("edge_of_stability.ratio"):
-        if s.last >= EDGE:
+        if s.last > ABOVE:
+            yield f"sharpness is {number(s.last)} times what the learning rate allows"
+        elif s.last >= EDGE:
             yield f"at the edge of stability: {s.last:.2f} of what the learning rate allows"
     for s in run.summary("sharpness.value"):
         if s.first > 0 and s.last > 0 and max(s.last / s.first, s.first / s.last) >= GROWN:

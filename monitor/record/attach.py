@@ -12,7 +12,7 @@ import time
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from monitor.diagnosis.text import plain, summary_lines
 from monitor.errors import UsageError
-from monitor.metric import load_metrics
 from monitor.record.budget import Account
 from monitor.record.facts import unwrap, versions
 from monitor.record.flush import Flusher, to_stderr
@@ -267,7 +266,7 @@ def begin(
     if handle._account is not None:
         flusher.overhead = handle._account.report
     argv = [_relative(sys.argv[0]), *sys.argv[1:]] if sys.argv else []
-    writer.update(versions=versions(), columns=_columns(), facts={"argv": argv})
+    writer.update(versions=versions(), facts={"argv": argv})
     roots = [unwrap(m) for m in models]
     for root in roots:
         _OPEN[id(root)] = handle
@@ -334,14 +333,6 @@ def _probes(curvature: Literal["auto"] | Curvature | None, probes: Probe | Itera
     if not (curvature == "auto" or isinstance(curvature, Curvature)):
         raise UsageError(f'attach(curvature=…) received {curvature!r:.80}; expected "auto" or a monitor.Curvature')
     return [*asked, Curvature() if curvature == "auto" else curvature]
-
-
-def _columns() -> dict[str, Any]:
-    return {
-        f"{m.id}.{c.name}": {"title": m.title, "site": m.site, "unit": c.unit, "doc": c.doc, "source": m.source}
-        for m in load_metrics().values()
-        for c in m.columns
-    }
 
 
 def _script() -> str:

@@ -11,11 +11,11 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from monitor.block import Layout, RawBlock, evaluate
+from monitor.block import ColumnBlock, Layout, RawBlock, evaluate
 from monitor.diagnosis.engine import Engine, rules_hash
 from monitor.diagnosis.finding import Finding
 from monitor.diagnosis.report import describe
@@ -73,6 +73,7 @@ class Flusher:
         self._facts: dict[str, Any] = {}
         self._engine: Engine | None = None
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._described: set[str] = set()  # columns that run.json tells of
         self._blocks = 0
         self._lock = threading.Lock()
         self._warnings: list[str] = []
@@ -179,11 +180,19 @@ class Flusher:
         if self._engine is None:
             self._engine = Engine(self._rules, self._facts, attempt=self.writer.attempt)
         self.writer.append(columns)
+        self._describe(columns)
         self._engine.feed(columns)
         self._announce(self._engine.findings())
         self.writer.flush()
         if time.monotonic() - self._saved > FINDINGS_EVERY:
             self._save()
+
+    def _describe(self, columns: Sequence[ColumnBlock]) -> None:
+        """Tell of what is recorded for the first time, for those who read the run without us."""
+        fresh = [b for b in columns if b.ref not in self._described]
+        if fresh:
+            self._described |= {b.ref for b in fresh}
+            self.writer.update(columns={b.ref: _about(self.metrics[b.metric], b.column) for b in fresh})
 
     def _complain(self) -> None:
         """One line, once, for each thing that keeps the run from being written."""
@@ -215,6 +224,13 @@ class Flusher:
                 self._said.add((f.rule, ""))
                 first = plain(describe(f)).split(". ")[0].rstrip(".")  # the numbers and sources are in the run
                 self._say(f"{f.severity} at step {f.first_step:,}: {first}")
+
+
+def _about(metric: Metric, column: str) -> dict[str, str]:
+    told = metric.column(column)
+    return {
+        "title": metric.title, "site": metric.site, "unit": told.unit, "doc": told.doc, "source": metric.source,
+    }  # fmt: skip
 
 
 def to_stderr(line: str) -> None:

@@ -125,6 +125,7 @@ def test_routing(tmp_path: Path) -> None:
         ({"sharpness.value": 2.0}, "sharpness 1 → 2"),
         ({"sharpness.value": 0.25, "edge_of_stability.ratio": 0.95},
          "at the edge of stability: 0.95 of what the learning rate allows; sharpness 1 → 0.25"),
+        ({"edge_of_stability.ratio": 1.51}, "sharpness is 1.51 times what the learning rate allows"),
         ({"sharpness.value": 1.9, "edge_of_stability.ratio": 0.89}, ""),
         ({"sharpness.value": NAN, "edge_of_stability.ratio": NAN}, ""),
     ],
