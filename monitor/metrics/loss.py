@@ -5,7 +5,9 @@
 so it has every term the script added (regularisers, auxiliary heads), and is the number whose gradient the optimizer
 was given: where each micro-batch's loss is divided by their number, the mean; where a script forgot to, that many times
 it. ``micro_steps`` counts the calls; of a closure that is evaluated again and again only the first counts, the loss at
-the parameters of the step.
+the parameters of the step. Calls whose gradients were removed (set to None) before the next one do not count, unless
+the script puts the gradient of the update together from theirs: sharpness-aware minimisation shows the loss at the
+perturbed parameters, adversarial training that of the perturbed batch.
 
 Healthy: falls, then flattens, with a few per cent of noise from batch to batch.
 

@@ -1,9 +1,11 @@
-"""How many updates the oldest optimizer of a step has made.
+"""How many updates the oldest optimizer has made.
 
     updates = most updates that an optimizer object has made since it was first seen, the one of this step included
     remembers = 1 if that optimizer keeps a value for each element of a parameter (momentum, second moment), else 0
 
-of the optimizers that made an update in the step. A run that goes on from a checkpoint counts from 1 again.
+of the optimizers that made an update since the last record: in this step among the first ten, later in it and the ten
+before it, so that one that is made anew for eleven updates is not taken for one that is made anew for each. A run that
+goes on from a checkpoint counts from 1 again.
 
 Healthy: one more with every step.
 

@@ -41,7 +41,7 @@ RULE = Rule(
     title="Batch normalisation over few examples",
     severity="info",
     site="activation",
-    message="Batch normalisation takes its mean and variance over {value:.0f} examples ({samples:.0f} values).",
+    message="Batch normalisation takes its mean and variance over batches of {value:.0f} ({samples:,.0f} values).",
     refute="the model does as well in evaluation as in training mode",
     remedies=(
         Remedy("use torch.nn.GroupNorm, or a larger batch; gradient accumulation does not help"),

@@ -8,10 +8,10 @@ What it means:
 How it is decided:
     Norm, before it was clipped: 5 times the median of the 100 points before it, and on the logarithmic scale 8 robust
     standard deviations above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times
-    the (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy; both are
-    looked for in every fourth step of a large parameter. The first 50 points of a parameter are not judged: leaving
-    the first plateau is no spike. Every parameter is judged by itself; the head of the incident is the first in order
-    of execution.
+    the (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy, which
+    lifts the norm to 1.2 times its median at least; both are looked for in every fourth step of a large parameter. The
+    first 50 points of a parameter are not judged: leaving the first plateau is no spike. Every parameter is judged by
+    itself; the head of the incident is the first in order of execution.
 
 What to do:
     If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If the
@@ -43,10 +43,10 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     block = window["grad_norm.norm"]
     start = int(np.searchsorted(block.steps, window.first))
     steps, modules = block.steps[start:], block.modules
-    norm = block["grad_norm.norm"] / _clipping(window, block.steps)
-    usable = block.has("grad_norm.norm") & (norm > 0)
-    found = spikes(np.log(norm), usable, start, p, floor=float(np.log(p["times"])))
-    norm = norm[start:]
+    norms = block["grad_norm.norm"] / _clipping(window, block.steps)
+    usable = block.has("grad_norm.norm") & (norms > 0)
+    found = spikes(np.log(norms), usable, start, p, floor=float(np.log(p["times"])))
+    norm = norms[start:]
     ratio, _ = exactly(window["spam_spike.ratio"], steps, modules)
     element = np.sqrt(ratio)
     elements = found.known & (element > p["element"])
@@ -55,6 +55,9 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         clipping = _clipping(window, steps)
         share = (exactly(window["grad_norm.max_abs"], steps, modules)[0] / clipping / norm) ** 2
         elements &= share >= p["energy"]
+        for i, j in np.argwhere(elements & ~found.mask):
+            past = slice(max(start + i - int(p["window"]), 0), start + i)
+            elements[i, j] = norm[i, j] >= p["lift"] * np.median(norms[past, j][usable[past, j]])
         evidence |= {"median": np.exp(found.median), "z": found.z, "element": element, "element_energy": share}
         evidence["learning_rate_factor"] = raised(window, steps, found.mask | elements)
         evidence["clipped_to"] = np.where(clipping < 1, clipping * norm, np.nan)
@@ -100,6 +103,13 @@ RULE = Rule(
         Param("company", 3, "rank", "own choice: two earlier spikes in the window hide nothing"),
         Param("element", 5000**0.5, "times the root of the second moment", "SPAM (arXiv 2501.06842), √Θ with Θ = 5000"),
         Param("energy", 0.5, "fraction", "spikes' share of the tensor's energy; 0 false alarms in calibration"),
+        Param(
+            "lift",
+            1.2,
+            "times the median",
+            "definition: an element with half of the energy adds √2 to what was there, if that stays; else the largest "
+            "element is not the spiked one",
+        ),
     ),
     needs=("grad_norm.norm", "grad_norm.max_abs", "spam_spike.ratio", "clip.coefficient", "learning_rate.lr"),
     check=check,

@@ -7,8 +7,8 @@ What it means:
     the first optimizer has no effect.
 
 How it is decided:
-    At 15 looks in a row no optimizer that made an update had made one before, though it keeps a value for each element
-    of its parameters.
+    At 15 looks in a row, which take in every update, no optimizer that made one had made one before, though it keeps a
+    value for each element of its parameters.
 
 What to do:
     Construct the optimizer once, before the loop, after the model has been moved to its device.

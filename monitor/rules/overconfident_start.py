@@ -10,7 +10,8 @@ What it means:
 How it is decided:
     At step 0, over 16 rows or more: a label drawn at random has a loss of at least 4 ln K, and the mean probability of
     the first choice lies 0.5 or more above the share of right answers. A model that has been trained before is sure
-    too, but it is right.
+    too, but it is right. Not a single right answer where chance would give one with a probability of 0.999 is no
+    ignorance: a margin has been taken from the logit of the label (ArcFace, CosFace), and nothing is said.
 
 What to do:
     Scale the inputs to mean 0 and variance 1, feature by feature. Then look at the layers from the first to the last
@@ -47,6 +48,8 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     has = block.has(LEVEL) & np.logical_and.reduce(known) & (rows >= p["rows"])
     has &= (steps <= 1)[:, None]  # the second step, which is not judged, ends what the first has begun
     mask = has & (steps == 0)[:, None] & (cost >= p["times"] * guess) & (sure - right >= p["gap"])
+    with np.errstate(all="ignore"):
+        mask &= (right > 0) | ((1 - np.exp(-guess)) ** rows >= p["chance"])
     evidence = {"guess": guess, "accuracy": right, "top1_mass": sure, "row_std": spread}
     yield Hits(steps, modules, mask, has, cost, p["times"] * guess, evidence)
 
@@ -67,6 +70,7 @@ RULE = Rule(
         Param("times", 4, "ln K", "own choice: 1.11 at most in 57 healthy trainings with a cross-entropy"),
         Param("gap", 0.5, "fraction", "own choice: what is sure after training is right"),
         Param("rows", 16, "rows", "own choice: so few right answers are no accident then"),
+        Param("chance", 0.001, "probability", "own choice: that a uniform guess is never right"),
     ),
     needs=(LEVEL, EXCESS, MEAN, SPREAD, RIGHT, SURE, ROWS),
     check=check,

@@ -8,7 +8,9 @@ What it means:
 How it is decided:
     From the wiring of the run, without any series: the parameter requires a gradient and was given one, and neither it
     nor a parameter tied to it belongs to a group of an optimizer that has stepped. One whose optimizer was there in the
-    first step is waited for until another has made 100 updates: layers may be trained one after the other.
+    first step is waited for until another has made 100 updates: layers may be trained one after the other. Where an
+    optimizer has tensors that are no parameters, those of 16 bits are not judged, which may be trained through a copy
+    of all of them in one, as DeepSpeed keeps it; nor is any if none at all is in an optimizer.
 
 What to do:
     Pass it to the optimizer, or freeze it with requires_grad_(False).
@@ -26,6 +28,8 @@ from typing import Any
 
 from monitor.rule import FactHit, Param, Remedy, Rule
 
+_NARROW = ("bfloat16", "float16")
+
 
 def audit(facts: Mapping[str, Any], p: Mapping[str, float]) -> Iterable[FactHit]:
     """Trainable parameters outside every optimizer.
@@ -36,8 +40,13 @@ def audit(facts: Mapping[str, Any], p: Mapping[str, float]) -> Iterable[FactHit]
     if not facts.get("optimizers"):
         raise KeyError("optimizers")
     optimized = {q["name"] for q in facts["parameters"] if q["optimizer"] is not None}
+    held = sum(group.get("parameters", 0) for o in facts["optimizers"] for group in o["groups"])
+    if held and not optimized:
+        return
+    copied = _NARROW if held > len(optimized) else ()
     for q in facts["parameters"]:
         forgotten = q["optimizer"] is None and q.get("gradient", True) and not q.get("awaited")
+        forgotten = forgotten and q["dtype"] not in copied
         if q["trainable"] and forgotten and optimized.isdisjoint(q["tied_to"]):
             yield FactHit(q["name"], float(q["numel"]), p["elements"])
 

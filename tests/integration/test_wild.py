@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import monitor
 from monitor.record.launcher import _Finder
+from tests.warm import run_warm
 
 #: What torchdiffeq does around the module that it is given, for every solution anew.
 WRAPPER = """
@@ -202,10 +204,8 @@ def run(folder: Path, script: str) -> tuple[subprocess.CompletedProcess[str], mo
     """``monitor run`` of a script in a folder of its own; what is in ``site-packages`` in there is installed."""
     (folder / "train.py").write_text(script)
     path = os.pathsep.join((str(folder / "site-packages"), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, "-m", "monitor_cli", "run", "--run-dir", "out", "train.py"],
-        cwd=folder, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+    command = ("-m", "monitor_cli", "run", "--run-dir", "out", "train.py")
+    done = run_warm(*command, cwd=folder, check=True, env=os.environ | {"PYTHONPATH": path})
     return done, monitor.open(folder / "out")
 
 
@@ -304,7 +304,7 @@ def test_an_optimizer_is_waited_for(tmp_path: Path) -> None:
 def test_a_model_that_is_only_called_under_transforms(tmp_path: Path) -> None:
     """Oracle: invariance. It is found when its optimizer steps: gradients are recorded, and the losses are the same."""
     done, recorded = run(tmp_path, META)
-    alone = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    alone = run_warm("train.py", cwd=tmp_path, check=True)
     assert done.stdout == alone.stdout
     assert "cannot record" not in done.stderr
     assert recorded.series("grad_norm.norm", "2.bias")[0].tolist() == list(range(6))
@@ -321,7 +321,136 @@ def test_a_model_that_is_only_called_under_transforms(tmp_path: Path) -> None:
 def test_an_evaluation_before_any_training_is_compiled_once(how: str, losses: int, tmp_path: Path) -> None:
     """Oracle: invariance. As many graphs as under Python alone, the same numbers, and no warning of torch's."""
     done, recorded = run(tmp_path, COMPILED.format(compile=how))
-    alone = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    alone = run_warm("train.py", cwd=tmp_path, check=True)
     assert done.stdout == alone.stdout
     assert recorded.facts["class"] == "Sequential"
     assert len(recorded.series("loss.value")[1]) >= losses
+
+
+class Adapter(nn.Module):
+    """What a library puts around a frozen projection, under the names it gives."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = inner.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(inner.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, inner.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+class Attention(nn.Module):
+    """Two heads, whose queries, keys and values one projection makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(2, (2, 4)).transpose(1, 2) for y in self.c_attn(x).chunk(3, 2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_attention_with_an_adapter_keeps_its_name(adapted: bool, tmp_path: Path) -> None:
+    """Oracle: invariance. Heads are those of the attention, whether its projection is trained itself or adapted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), Attention(), nn.Linear(8, 9))
+    if adapted:
+        model[1].c_attn = Adapter(model[1].c_attn)  # type: ignore[assignment]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(4):
+            tokens = torch.randint(0, 9, (4, 7))
+            optimizer.zero_grad()
+            F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+    assert set(monitor.open(tmp_path / "run").frame("attn_entropy").module) == {"1[0]", "1[1]"}
+
+
+SPIKED = "spam_spike.ratio", "grad_norm.max_abs", "grad_norm.norm"
+
+
+def test_a_gradient_penalty_has_no_spikes(tmp_path: Path) -> None:
+    """Oracle: planted fault, absent. A critic's second moments forget in ten steps what some elements had."""
+    torch.manual_seed(1)
+    generator, critic = (
+        nn.Sequential(nn.Linear(i, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, o))
+        for i, o in ((4, 2), (2, 1))
+    )
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.0, 0.9)) for m in (generator, critic)]
+    with monitor.attach(nn.ModuleList([generator, critic]), tmp_path / "run"):
+        for i in range(100):
+            made, real = generator(torch.randn(32, 4)), torch.randn(32, 2) * 0.5 + 1
+            if i % 4 == 3:
+                optimizers[0].zero_grad()
+                (-critic(made).mean()).backward()
+                optimizers[0].step()
+                continue
+            share = torch.rand(32, 1)
+            between = (share * real + (1 - share) * made.detach()).requires_grad_()
+            (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+            optimizers[1].zero_grad()
+            away = critic(made.detach()).mean() - critic(real).mean()
+            (away + 10 * (slope.norm(dim=1) - 1).square().mean()).backward()
+            optimizers[1].step()
+    run = monitor.open(tmp_path / "run")
+    ratio, largest, norm = (dict(zip(*run.series(ref, "1.4.weight"), strict=True))[67] for ref in SPIKED)
+    assert ratio > 5000  # there is something to be wrong about
+    assert largest**2 > norm**2 / 2
+    assert [f.rule for f in run.findings() if f.severity != "info"] == []
+
+
+def test_a_margin_is_no_ignorance(tmp_path: Path) -> None:
+    """Oracle: planted fault, absent. ArcFace takes a margin from the label's angle: at first no row is right."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 16)
+    weight = nn.Parameter(torch.randn(4, 16))
+    optimizer = torch.optim.SGD([*model.parameters(), weight], lr=0.05)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(5):
+            x = torch.randn(48, 10)
+            label = x[:, :4].argmax(1)
+            cosine = F.linear(F.normalize(model(x)), F.normalize(weight)).clamp(-0.999, 0.999)
+            angle = cosine.acos() + 0.9 * F.one_hot(label, 4)
+            optimizer.zero_grad()
+            F.cross_entropy(64 * angle.clamp(max=3.1).cos(), label).backward()
+            optimizer.step()
+    run = monitor.open(tmp_path / "run")
+    assert run.series("train_accuracy.top1_mass", "cross_entropy")[1][0] > 0.9
+    assert [f.rule for f in run.findings() if f.severity != "info"] == []
+
+
+#: Seeds before it imports what draws a random number then, has its errors shown in a way of its own, and fails.
+SEEDED = """
+import random
+import sys
+
+random.seed(0)
+import rich.style
+
+def show(kind, error, trace):
+    print(kind.__name__, error, trace.tb_frame.f_code.co_name, trace.tb_next.tb_frame.f_code.co_name)
+
+def fail():
+    raise ValueError("as planned")
+
+print(random.random())
+print(sys.excepthook is sys.__excepthook__)
+sys.excepthook = show
+fail()
+"""
+
+
+def test_a_script_finds_what_python_gives_it(tmp_path: Path) -> None:
+    """Oracle: golden. Random numbers after an import and the display of errors are as under Python."""
+    (tmp_path / "train.py").write_text(SEEDED)
+    alone, recorded = (
+        subprocess.run([sys.executable, *how, "train.py"], cwd=tmp_path, capture_output=True, text=True)
+        for how in ((), ("-m", "monitor_cli", "run"))
+    )
+    assert recorded.stdout == alone.stdout
+    assert alone.stdout.splitlines()[1:] == ["True", "ValueError as planned <module> fail"]
+    assert recorded.returncode == alone.returncode == 1
+    assert "Traceback" not in recorded.stderr

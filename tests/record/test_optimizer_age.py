@@ -59,9 +59,10 @@ def test_made_once(tmp_path: Path) -> None:
     [
         lambda model, _, i: torch.optim.SGD(model.parameters(), lr=0.1),
         lambda model, old, i: old if old is not None and i % 5 else adam(model),
+        lambda model, old, i: old if old is not None and i % 11 else adam(model),
     ],
-    ids=["nothing to remember", "for every five updates"],
+    ids=["nothing to remember", "for every five updates", "for as many as lie between two records"],
 )
 def test_made_anew_rightly(made: Made, tmp_path: Path) -> None:
-    """Oracle: planted fault, absent. Plain SGD forgets nothing; every five updates may be meant."""
+    """Oracle: planted fault, absent. Plain SGD forgets nothing; every five or eleven updates may be meant."""
     assert found(recorded(made, tmp_path / "run")) == []

@@ -15,10 +15,10 @@ def norms(at: int, first: float, last: float) -> ColumnBlock:
     return column("grad_norm.norm", rows, W)
 
 
-def elements(at: int, ratio: float, share: float) -> tuple[ColumnBlock, ...]:
-    """Of the first weight: g²/v of the largest element, and what part of the energy it holds, at one step."""
+def elements(at: int, ratio: float, share: float, norm: float) -> tuple[ColumnBlock, ...]:
+    """Of the first weight: g²/v of the most spiked element, and the largest one's part of the energy, at one step."""
     ratios, largest = [[50.0, 50.0] for _ in WAVE], [[0.1 * x, 0.2 * x] for x in WAVE]
-    ratios[at][0], largest[at][0] = ratio, share**0.5 * WAVE[at]
+    ratios[at][0], largest[at][0] = ratio, share**0.5 * norm
     return column("spam_spike.ratio", ratios, W), column("grad_norm.max_abs", largest, W)
 
 
@@ -26,9 +26,10 @@ def in_turn(largest_at: int) -> tuple[ColumnBlock, ...]:
     """Elements looked for at steps 0, 4, …; one is 100 times its usual size at 148. Its share is known at one step."""
     ratios: list[float | None] = [None if t % 4 else 50.0 for t in range(200)]
     ratios[148] = 1e4
-    largest = [WAVE[largest_at] if t == largest_at else None for t in range(200)]
+    norms = [1.4 * x if t == 148 else x for t, x in enumerate(WAVE)]
+    largest = [norms[largest_at] if t == largest_at else None for t in range(200)]
     return (
-        column("grad_norm.norm", WAVE, ("w",)),
+        column("grad_norm.norm", norms, ("w",)),
         column("spam_spike.ratio", ratios, ("w",)),
         column("grad_norm.max_abs", largest, ("w",)),
     )
@@ -56,13 +57,17 @@ CASES = (
     Case("50 are", (column("grad_norm.norm", [1.0] * 50 + [99.0], ("w",)),), (("w", 50),)),
     Case(
         "one element 71 times its usual size, with half of the energy",
-        (norms(0, 1, 2), *elements(150, 5041, 0.51)),
+        (norms(150, 1.4, 2), *elements(150, 5041, 0.51, 1.4)),
         ((W[0], 150),),
     ),
-    Case("near miss: 70 times", (norms(0, 1, 2), *elements(150, 4900, 0.5))),
+    Case("near miss: 70 times", (norms(150, 1.4, 2), *elements(150, 4900, 0.5, 1.4))),
     Case(
         "near miss: a rare embedding row, 1e6 times but a tenth of the energy",
-        (norms(0, 1, 2), *elements(150, 1e6, 0.1)),
+        (norms(150, 1.4, 2), *elements(150, 1e6, 0.1, 1.4)),
+    ),
+    Case(
+        "near miss: half of the energy lies in an element that is always that large, as the norm says",
+        (norms(150, 1.19, 2), *elements(150, 1e6, 0.51, 1.19)),
     ),
     Case("gaps: elements are looked for in every fourth step only", in_turn(148), (("w", 148),)),
     Case("near miss: how much one element holds is known of another step only", in_turn(144)),

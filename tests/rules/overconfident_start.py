@@ -34,6 +34,8 @@ CASES = (
     Case("near miss: wrong and not sure", start(9.3, 0.55, 0.1)),
     Case("near miss: near ln K", start(2.6, 0.7, 0.1)),
     Case("near miss: 15 rows", start(70.0, rows=15)),
+    Case("near miss: a margin, never right in 66 of 10 classes", start(70.0, right=0.0, rows=66)),
+    Case("never right in 65", start(70.0, right=0.0, rows=65), ((LOSS[0], 0),)),
     Case("near miss: resumed, or later", start(70.0, first=1)),
     Case("gaps: labels that are no classes", start(70.0, None, None)),
     Case("constant: all logits the same", start(log(10), 0.1, 0.1)),

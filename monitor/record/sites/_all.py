@@ -18,6 +18,7 @@ from monitor.record.sites.logits import LogitsSite
 from monitor.record.sites.loss import LossSite
 from monitor.record.sites.norm import NormSite
 from monitor.record.sites.optimizer_age import OptimizerAgeSite
+from monitor.record.sites.overlap import OverlapSite
 from monitor.record.sites.parameter import ParameterSite
 from monitor.record.sites.probe import ProbeSite
 from monitor.record.sites.reuse import ReuseSite
@@ -43,6 +44,7 @@ SITES: tuple[type[Site], ...] = (
     EmbeddingSite,
     AdamStateSite,
     OptimizerAgeSite,
+    OverlapSite,
     StateSite,
     EvaluationSite,
     LoggedSite,

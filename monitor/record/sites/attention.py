@@ -7,6 +7,7 @@ products are watched only between such a softmax and the product that uses it.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ BOUND_EVERY, EVERY = 5, 10
 ALL_EVERY = 100
 #: About as many rows of a call are sampled, evenly spaced from a random start.
 ROWS = 16
+#: Parts of a projection's parameter names that an adapter around it adds.
+_ADAPTER = re.compile(r"\.(?:lora_[AB]|base_layer)(?:\.[^.]+)?\.(?=(?:weight|bias)$)")
 #: Most calls of one module in one forward that are recorded: a decoder that attends in a loop makes very many.
 CALLS = 16
 _HOPS, _NODES = 12, 256
@@ -261,7 +264,7 @@ class AttentionSite(Site):
 
     def _known(self, p: Tensor) -> str:
         name = self.rec.parameter(p)
-        return "" if name.startswith("parameter[") else name
+        return "" if name.startswith("parameter[") else _ADAPTER.sub(".", name)
 
     def _numbered(self, name: str | None) -> str | None:
         """The module's name; a module that calls several times in a forward gets numbers from its second call on.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,16 @@ STATS = ("value", "micro_steps")
 
 @dataclass
 class _Call:
-    """One call of backward: its loss, the attempt at an update it belongs to, and whether a closure made it."""
+    """One call of backward: its loss, the attempt at an update it belongs to, and whether a closure made it.
+
+    Attributes:
+        anew: True if the gradients of the call before had been removed when it began.
+    """
 
     value: Tensor | float
     epoch: int
     in_step: bool
+    anew: bool
 
 
 class LossSite(Site):
@@ -31,7 +37,8 @@ class LossSite(Site):
 
     With accumulation each loss has usually been divided by the number of micro-batches, and the sum is their mean.
     Calls inside the optimizer's own step are evaluations of a closure: the first is the loss at the parameters of the
-    step.
+    step. Where gradients were removed between two calls and the update is made with those of the last, the ones before
+    served another purpose: to find where the loss is sharp, or a batch that is hard.
     """
 
     name = "loss"
@@ -40,6 +47,8 @@ class LossSite(Site):
         super().__init__(recorder)
         self._calls: list[_Call] = []
         self._usual = (0, 0)  # calls and root forwards of the last step that was watched as a whole
+        self._given: Callable[[], Tensor | None] = lambda: None  # a parameter that the last call has given a gradient,
+        self._gradient = 0  # and the id of that
         self._seen = False
         self._why = "no call of backward was seen"
 
@@ -47,13 +56,28 @@ class LossSite(Site):
         """Watch both ways of calling backward."""
         return dict.fromkeys(BACKWARD, self._backward)
 
+    def after(self) -> dict[Any, Watcher]:
+        """Watch their ends too."""
+        return dict.fromkeys(BACKWARD, self._backward_ended)
+
+    def _backward_ended(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        given = self._given()
+        if given is None or given.grad is None:
+            given = next((p for root in self.rec.roots for p in root.parameters() if p.grad is not None), None)
+            if given is None:
+                return
+            self._given = weakref.ref(given)
+        self._gradient = id(given.grad)
+
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        anew = bool(self._calls) and (given := self._given()) is not None and given.grad is None
         for loss in losses(args, kwargs):
             if loss.numel() != 1:
                 self._why = "backward was called on a tensor with more than one element"
                 continue
             value = loss.item() if self.rec.on_cpu else loss.detach().reshape(()).float()
-            self._calls.append(_Call(value, self.rec.epoch, self.rec.in_step))
+            self._calls.append(_Call(value, self.rec.epoch, self.rec.in_step, anew))
+            anew = False
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Record the loss of the update this optimizer has just made."""
@@ -68,6 +92,9 @@ class LossSite(Site):
             return  # the others were made where nobody looked: a part of the sum would pass for the whole
         if not calls:
             return
+        last = max((i for i, c in enumerate(calls) if c.anew), default=0)
+        if last and self._is_of_last(optimizer):
+            calls = calls[last:]
         self._seen = True
         value = sum((c.value for c in calls[1:]), calls[0].value)
         scale = self.rec.inverse_scale
@@ -76,6 +103,12 @@ class LossSite(Site):
         count = float(len(calls))
         values = torch.stack((value, torch.full_like(value, count))) if isinstance(value, Tensor) else (value, count)
         self.rec.emit("loss", STATS, self.rec.label(optimizer), values)
+
+    def _is_of_last(self, optimizer: Optimizer) -> bool:
+        """True if the last call has made the gradient of this update, which the user has not put together."""
+        given = self._given()
+        mine = any(p is given for group in optimizer.param_groups for p in group["params"])
+        return given is not None and mine and id(given.grad) == self._gradient
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """The loss, if backward was never seen."""

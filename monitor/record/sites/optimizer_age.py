@@ -9,13 +9,13 @@ from torch.optim import Optimizer
 
 from monitor.record.site import Site
 
-#: Steps between two looks. No number of updates that somebody would give an optimizer on purpose divides it.
+#: Steps between two records, each of all steps since the one before: an optimizer may be made anew for as many updates.
 EVERY = 11
 STATS = ("updates", "remembers")
 
 
 class OptimizerAgeSite(Site):
-    """The most updates that an optimizer of this step has made so far, and whether it remembers any."""
+    """The most updates that one of the optimizers since the last record has made so far, and whether it keeps any."""
 
     name = "optimizer_age"
 
@@ -25,14 +25,15 @@ class OptimizerAgeSite(Site):
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Keep the oldest."""
-        if self.due(EVERY):
-            self._oldest = max(self._oldest, (self.rec.updates(optimizer), float(_remembers(optimizer))))
+        updates = self.rec.updates(optimizer)
+        if updates > self._oldest[0]:
+            self._oldest = (updates, float(_remembers(optimizer)))
 
     def on_row(self) -> None:
         """Record it."""
-        if self._oldest[0]:
+        if self._oldest[0] and self.due(EVERY):
             self.rec.emit("optimizer_age", STATS, "", self._oldest)
-        self._oldest = (0, 0.0)
+            self._oldest = (0, 0.0)
 
 
 def _remembers(optimizer: Optimizer) -> bool:
