@@ -10,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,7 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
+@cache
 def arrows() -> list[tuple[str, str, int, bool]]:
     """Every import of the three packages: importer, imported, line, eager."""
     return [(name, *found) for name, file in modules() for found in imports(name, file)]

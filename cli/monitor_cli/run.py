@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -39,8 +40,8 @@ def run(
     The script sees the arguments, the folder and the __main__ it would see without monitor, and its exit code is kept.
     """
     path = Path(script)
-    if not module and not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not module and not path.is_file() and not (path / "__main__.py").is_file():
+        what = "is a folder without a __main__.py" if path.is_dir() else "does not exist"
         _stop(f"{path} {what}; give the path of a Python script, or -m and the name of a module")
     from monitor.record.launcher import find_module, find_script, run_main
 
@@ -48,7 +49,14 @@ def run(
         main = find_module(script) if module else find_script(path)
     except UsageError as e:
         _stop(str(e))
+    _forget("rich")
     raise typer.Exit(run_main(main, [main.path if module else script, *(args or [])], run_dir, curvature, every))
+
+
+def _forget(package: str) -> None:
+    """Have the script import ``package`` by itself: this one draws a random number while it is imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
 
 
 def _stop(why: str) -> NoReturn:

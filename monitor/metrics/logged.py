@@ -6,8 +6,8 @@ one series per name, recorded at the steps at which it was logged and absent in 
 is logged, evaluations are looked for: forwards of the model in `eval()` without gradients whose output is the loss that
 is trained on, or holds it as ``loss`` or in a tuple, or is then given to that one of torch's loss functions. What was
 evaluated since the last step has the means ``eval_loss`` and, of classes, ``eval_acc`` with the next step: over targets
-(the accuracy of rows of more than half a million logits over evenly spaced ones), or over batches where the model makes
-the loss itself. They are of all data that the script evaluates but those it has trained on, as far as these are
+(the accuracy of a batch of more than half a million logits over evenly spaced ones), or over batches where the model
+makes the loss itself. They are of all data that the script evaluates but those it has trained on, as far as these are
 known again: on a CPU, and not where the script alters them at random. Where it evaluates several sets, log each under a
 name of its own.
 

@@ -11,10 +11,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.abc import InspectLoader
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import get_importer
 from typing import Any
 
 import torch
@@ -176,9 +176,18 @@ class _Main:
 
 
 def find_script(script: Path) -> _Main:
-    """What ``python script`` runs; ``script`` is an existing file."""
+    """What ``python script`` runs; ``script`` is an existing file, or a folder or zip file with a ``__main__.py``.
+
+    Raises:
+        UsageError: if it is a folder or a zip file without one.
+    """
     # as Python does it: absolute, so that a script that changes folder still finds itself, and links not followed
     path = str(Path.cwd() / script)
+    if get_importer(path) is not None:
+        spec = PathFinder.find_spec("__main__", [path])
+        if spec is None:
+            raise UsageError(f"there is no __main__.py in {path}")
+        return _found(spec, path)
 
     def code() -> types.CodeType:
         with io.open_code(path) as file:
@@ -193,19 +202,39 @@ def find_module(name: str) -> _Main:
 
     Raises:
         UsageError: if there is no such module, or it cannot be run.
+        SystemExit: if one of the packages fails, after its traceback was printed, or ends the program.
     """
     sys.path[0] = folder = str(Path.cwd())
     try:
-        spec = find_spec(name)
+        spec = _find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
-            spec = find_spec(f"{name}.__main__")
+            spec = _find_spec(f"{name}.__main__")
     except (ImportError, AttributeError, TypeError, ValueError) as e:  # as runpy has it
         raise UsageError(f"module {name!r} cannot be found: {type(e).__name__}: {e}") from e
-    if spec is None or spec.origin is None or not isinstance(spec.loader, InspectLoader):
+    if spec is None or spec.origin is None or not hasattr(spec.loader, "get_code"):
         raise UsageError(f"there is no module {name!r} that Python could run from {folder}")
-    loader, module = spec.loader, spec.name
+    return _found(spec, folder)
+
+
+def _find_spec(name: str) -> ModuleSpec | None:
+    """`importlib.util.find_spec`; what goes wrong in a package, other than an import, is its user's."""
+    package = name.rpartition(".")[0]
+    if package and not name.startswith("."):
+        try:
+            __import__(package)
+        except (ImportError, SystemExit):
+            raise
+        except BaseException as e:
+            frames = e.__traceback__
+            traceback.print_exception(type(e), e, frames and frames.tb_next)  # the first one is ours
+            raise SystemExit(_status(e)) from None
+    return find_spec(name)
+
+
+def _found(spec: ModuleSpec, folder: str) -> _Main:
+    loader: Any = spec.loader
     names = {"__loader__": loader, "__cached__": spec.cached, "__package__": spec.parent, "__spec__": spec}
-    return _Main(spec.origin, folder, names, lambda: loader.get_code(module))
+    return _Main(str(spec.origin), folder, names, lambda: loader.get_code(spec.name))
 
 
 def run_main(main: _Main, argv: list[str], run_dir: Path | None, curvature: bool = False, every: int = 1) -> int:
@@ -227,6 +256,7 @@ def run_main(main: _Main, argv: list[str], run_dir: Path | None, curvature: bool
     finder = _Finder(run_dir, [Curvature()] if curvature else [], every)
     sys.argv = argv
     sys.path[0] = main.folder
+    sys.excepthook = sys.__excepthook__  # the command line's is not the script's
     error: BaseException | None = None
     try:
         _run(main)
@@ -257,14 +287,17 @@ def _run(main: _Main) -> None:
 
 
 def _print(error: BaseException, script: str) -> None:
-    """The traceback as the script alone would have printed it: without the frames of the launcher.
+    """The traceback as the script alone would have printed it, or as it has it printed: without the launcher's frames.
 
     Of a script that cannot be compiled there are no others, and Python prints none.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != script:
         trace = trace.tb_next
-    traceback.print_exception(type(error), error, trace)
+    try:
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+    except Exception:
+        traceback.print_exception(type(error), error, trace)
 
 
 def _status(error: BaseException | None) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.warm import run_warm
+
 if TYPE_CHECKING:
     from .conftest import Shell
 
@@ -67,6 +69,13 @@ def test_a_script_that_is_not_there_is_one_line(calls: list[Call], shell: Shell,
     assert calls == []
 
 
+def test_a_folder_with_a_main_is_run(calls: list[Call], shell: Shell, script: Path) -> None:
+    folder = script.parent
+    (folder / "__main__.py").touch()
+    assert shell("run", folder, "--lr", "1").exit_code == 7
+    assert calls == [(folder, [str(folder), "--lr", "1"], None, False, 1)]
+
+
 def test_no_script_is_usage(calls: list[Call], shell: Shell) -> None:
     assert shell("run").exit_code == 2
     assert shell("run", "--unknown", "x.py").exit_code == 2
@@ -74,13 +83,7 @@ def test_no_script_is_usage(calls: list[Call], shell: Shell) -> None:
 
 
 def test_the_real_launcher_keeps_arguments_and_exit_code(script: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "monitor_cli", "run", str(script), "--help", "--run-dir", "x"],
-        cwd=script.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_warm("-m", "monitor_cli", "run", script, "--help", "--run-dir", "x", cwd=script.parent)
     assert done.stdout == "['--help', '--run-dir', 'x']\n"
     assert done.returncode == 5
 
@@ -90,9 +93,7 @@ def test_a_script_that_fails_shows_what_python_shows(tmp_path: Path, content: st
     """Oracle: independent library. Python itself, of a script that cannot be compiled and of one that raises."""
     script = tmp_path / "broken.py"
     script.write_text(content)
-    ours, pythons = (
-        subprocess.run([sys.executable, *args, str(script)], capture_output=True, text=True, check=False)
-        for args in (["-m", "monitor_cli", "run"], [])
-    )
+    pythons = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    ours = run_warm("-m", "monitor_cli", "run", script, cwd=tmp_path)
     assert ours.stderr.startswith(pythons.stderr)
     assert ours.returncode == pythons.returncode == 1

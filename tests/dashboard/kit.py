@@ -25,7 +25,7 @@ def charts(app: AppTest) -> list[dict[str, Any]]:
     return [json.loads(c.proto.spec) for c in app.get("plotly_chart")]
 
 
-def wait_for(condition: Any, what: str, seconds: float = 20) -> None:
+def wait_for(condition: Any, what: str, seconds: float = 60) -> None:
     """Return once ``condition()`` holds; fail with ``what`` otherwise."""
     end = time.monotonic() + seconds
     while not condition():

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from streamlit.testing.v1 import AppTest
 
@@ -85,9 +85,9 @@ def test_a_metric_of_another_version_is_shown(scripted, show: Callable[..., AppT
 def test_tables_are_shown_as_text(scripted, show: Callable[..., AppTest], tmp_path: Path) -> None:
     """Oracle: planted faults (hostile text in a cell and in a heading, a damaged table)."""
     run = scripted(tmp_path / "a").train(30)
-    run.writer.table("notes", 7, pa.table({"step": [7, 8], EVIL: [EVIL, "plain"]}))
-    run.writer.table("none", 8, pa.table({"loss": pa.array([], pa.float64())}))
-    run.writer.table("notes", 9, pa.table({"step": [9]}))
+    run.writer.table("notes", 7, {"step": np.array([7, 8]), EVIL: [EVIL, "plain"]})
+    run.writer.table("none", 8, {"loss": np.array([], np.float64)})
+    run.writer.table("notes", 9, {"step": np.array([9])})
     path = run.finish()
     app = show(path, table="notes at step 7")
     (table,) = app.dataframe
@@ -102,7 +102,10 @@ def test_tables_are_shown_as_text(scripted, show: Callable[..., AppTest], tmp_pa
 def test_no_value_of_a_table_is_hidden(scripted, show: Callable[..., AppTest], tmp_path: Path) -> None:
     """Oracle: planted faults. NaN and infinity are told from what is missing; a small number keeps its digits."""
     run = scripted(tmp_path / "a").train(30)
-    run.writer.table("odd", 3, pa.table({"x": [math.nan, math.inf, None, -2.5e-9], "y": [-2.5e-9, None, 1.0, 2.0]}))
+    missing = np.eye(4, dtype=bool)
+    x = np.ma.array([math.nan, math.inf, 0.0, -2.5e-9], mask=missing[2])
+    y = np.ma.array([-2.5e-9, 0.0, 1.0, 2.0], mask=missing[1])
+    run.writer.table("odd", 3, {"x": x, "y": y})
     (table,) = show(run.finish(), table="odd at step 3").dataframe
     x = table.value["x"].tolist()
     assert [*x[:2], x[3]] == ["nan", "inf", "-2.5e-09"] and pd.isna(x[2])

@@ -228,7 +228,7 @@ def test_findings_do_not_depend_on_cuts(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ["softmax_collapse", "sgd_batch8"])
-@pytest.mark.parametrize("size", [1, 64, 999])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 7, 64, 999])
 def test_recorded_findings_do_not_depend_on_cuts(name: str, size: int) -> None:
     """Oracle: invariance. The same for real series."""
     columns = recorded(name)

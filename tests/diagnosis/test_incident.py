@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from monitor.diagnosis.engine import place
 from monitor.diagnosis.finding import Finding
 from monitor.diagnosis.incident import SLACK, group, together
 from monitor.diagnosis.verdict import verdict
@@ -84,6 +86,72 @@ def test_facts_are_incidents_of_their_own() -> None:
 def test_the_order_of_findings_does_not_matter(findings: list[Finding]) -> None:
     """Oracle: invariance. Incidents do not depend on the order in which findings come."""
     assert group(findings) == group(sorted(findings, key=lambda f: f.first_step))
+
+
+def naive(findings: list[Finding]) -> list[tuple[Finding, ...]]:
+    """The definition, pair by pair: rounds in which information joins the first incident that it was near before."""
+
+    def near(group: list[Finding], f: Finding) -> bool:
+        return any(
+            f.attempt == g.attempt and max(f.first_step, g.first_step) - min(f.last_step, g.last_step) <= SLACK
+            for g in group
+        )
+
+    def chain(ordered: list[Finding]) -> list[list[Finding]]:
+        groups: list[list[Finding]] = []
+        for f in ordered:
+            if groups and near(groups[-1], f):
+                groups[-1].append(f)
+            else:
+                groups.append([f])
+        return groups
+
+    ordered = sorted(findings, key=place)
+    groups = chain([f for f in ordered if f.severity != "info"])
+    notes = [f for f in ordered if f.severity == "info"]
+    while True:
+        homes = [next((i for i, g in enumerate(groups) if near(g, f)), None) for f in notes]
+        for f, home in zip(notes, homes, strict=True):
+            if home is not None:
+                groups[home].append(f)
+        rest = [f for f, home in zip(notes, homes, strict=True) if home is None]
+        if len(rest) == len(notes):
+            break
+        notes = rest
+    return [tuple(sorted(g, key=place)) for g in (*groups, *chain(notes))]
+
+
+EPISODES = st.tuples(
+    st.sampled_from(["loss_spike", "softmax_collapse_approach", "naive_loss_minimisation", "divergence"]),
+    st.integers(0, 600),
+    st.integers(0, 90),
+    st.integers(0, 1),
+)
+
+
+@given(st.lists(EPISODES, max_size=40))
+@example([("naive_loss_minimisation", 30 * i, 15, 0) for i in range(12)] + [("divergence", 33 * 5, 0, 0)])
+def test_incidents_as_defined(episodes: list[tuple[str, int, int, int]]) -> None:
+    """Oracle: naive transcription. Each finding against each other one, in rounds."""
+    found = [
+        finding(rule, first, first + length, module=str(i), attempt=attempt)
+        for i, (rule, first, length, attempt) in enumerate(episodes)
+    ]
+    ours = {frozenset(f.module for f in i.findings) for i in group(found)}
+    assert ours == {frozenset(f.module for f in g) for g in naive(found)}
+
+
+def test_many_findings() -> None:
+    """Oracle: invariance. Ten times as many that lead one to the next, from a warning on, in time of the same order."""
+
+    def seconds(n: int) -> float:
+        chain = [finding("naive_loss_minimisation", 30 * i, 30 * i + 15, str(i)) for i in range(n)]
+        began = time.process_time()
+        (incident,) = group([*chain, finding("divergence", 30 * n)])
+        assert len(incident.findings) == n + 1
+        return time.process_time() - began
+
+    assert seconds(5_000) < 40 * min(seconds(500) for _ in range(3))
 
 
 @pytest.mark.parametrize(

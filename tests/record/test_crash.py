@@ -20,6 +20,7 @@ import monitor
 from monitor.record.attach import close_all
 from monitor.record.sites.gradient import GradientSite
 from tests.record import trainings
+from tests.warm import Warm, run_warm
 
 ENDLESS = """
 import sys, torch, monitor
@@ -43,17 +44,14 @@ def kill_one(folder: Path, seed: int) -> None:
     script = folder / "endless.py"
     script.write_text(ENDLESS)
     run_dir = folder / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(run_dir), str(count)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
+    process = Warm([script, run_dir, count], folder)
     limit = time.monotonic() + 60
     while not (count.exists() and count.read_text()) and time.monotonic() < limit:
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0.0, 0.8))
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     finished = int(count.read_text() or 0)
     run = monitor.open(run_dir)
     assert run.status == "died"
@@ -128,10 +126,7 @@ def test_a_full_disk_is_survived_and_said(tmp_path: Path) -> None:
     """Oracle: planted fault. No file beyond 48 kB from step 100 on: training ends, the run can be read and says so."""
     script = tmp_path / "full.py"
     script.write_text(FULL)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "run")],
-        capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_warm(script, tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "trained 1500" in done.stdout
     run = monitor.open(tmp_path / "run")
@@ -227,10 +222,7 @@ def test_an_exception_is_kept_with_the_verdict(tmp_path: Path, how: str, status:
     """Oracle: planted fault. The program ends as it would have; the run says how it ended."""
     script = tmp_path / "train.py"
     script.write_text(ENDLESS.replace("10**9", "20") + how)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "run"), str(tmp_path / "count")],
-        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60,
-    )  # fmt: skip
+    done = run_warm(script, tmp_path / "run", tmp_path / "count", cwd=tmp_path)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     run = monitor.open(tmp_path / "run")

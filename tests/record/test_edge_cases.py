@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 import monitor
 from monitor.errors import MonitorWarning
 from tests.record import trainings
+from tests.warm import run_warm
 
 
 def mlp(features: int = 12, classes: int = 5) -> nn.Sequential:
@@ -478,25 +479,57 @@ def test_one_class_is_no_collapse(tmp_path: Path) -> None:
 # ---- where it runs
 
 
-@pytest.mark.parametrize("how", ["-OO", "stderr closed"])
+BARE = """
+import os, sys, torch, monitor
+torch.set_num_threads(1)
+m = torch.nn.Linear(4, 4)
+opt = torch.optim.SGD(m.parameters(), lr=0.1)
+monitor.attach(m, sys.argv[1])
+for _ in range(5):
+    opt.zero_grad(); m(torch.randn(2, 4)).sum().backward(); opt.step()
+sys.exit(0 if (monitor.__doc__ is None) == (sys.argv[2] == "-OO") else 3)
+"""
+#: What makes a process that has begun already as bare as the flag, or the closed stream, would have.
+LAID_BARE = {
+    "-OO": """
+import sys
+from importlib.machinery import SourceFileLoader
+from types import SimpleNamespace
+sys.flags = SimpleNamespace(**{n: getattr(sys.flags, n) for n in dir(sys.flags) if n[0] != "_"} | {"optimize": 2})
+SourceFileLoader.get_code = lambda self, name: compile(
+    self.get_data(self.path), self.path, "exec", dont_inherit=True, optimize=2
+)
+for name in [n for n in sys.modules if n.split(".")[0] == "monitor"]:
+    del sys.modules[name]
+""",
+    "stderr closed": """
+import os, sys
+os.close(2)
+sys.stderr = sys.__stderr__ = None
+""",
+}
+
+
+@pytest.mark.parametrize("how", LAID_BARE)
 def test_a_bare_interpreter(how: str, tmp_path: Path) -> None:
     """Oracle: invariance. Without docstrings, or without standard error, the script ends as it would have."""
     script = tmp_path / "train.py"
-    script.write_text(
-        "import os, sys, torch, monitor\n"
-        "torch.set_num_threads(1)\n"
-        "m = torch.nn.Linear(4, 4)\n"
-        "opt = torch.optim.SGD(m.parameters(), lr=0.1)\n"
-        "monitor.attach(m, sys.argv[1])\n"
-        "for _ in range(5):\n"
-        "    opt.zero_grad(); m(torch.randn(2, 4)).sum().backward(); opt.step()\n"
-    )
+    script.write_text(LAID_BARE[how] + BARE)
+    assert run_warm(script, tmp_path / "run", how, cwd=tmp_path).returncode == 0
+    assert monitor.open(tmp_path / "run").steps == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", LAID_BARE)
+def test_an_interpreter_that_begins_bare(how: str, tmp_path: Path) -> None:
+    """Oracle: invariance. The same from the beginning, where torch is compiled for the flag too."""
+    script = tmp_path / "train.py"
+    script.write_text(BARE)
     flags = ["-OO"] if how == "-OO" else []
     before = (lambda: os.close(2)) if how == "stderr closed" else None
     done = subprocess.run(
-        [sys.executable, *flags, str(script), str(tmp_path / "run")],
-        preexec_fn=before, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60,
-    )  # fmt: skip
+        [sys.executable, *flags, str(script), str(tmp_path / "run"), how], preexec_fn=before, check=False, timeout=240
+    )
     assert done.returncode == 0
     assert monitor.open(tmp_path / "run").steps == 5
 

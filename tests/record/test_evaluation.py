@@ -118,6 +118,8 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "probabilities": (F.binary_cross_entropy, F.one_hot(CLASSES, 5).float()),
     "legacy": (lambda z, y: F.cross_entropy(z, y, size_average=False) / 8, CLASSES),
     "weighted": (lambda z, y: F.cross_entropy(z, y, torch.arange(1.0, 6), reduction="sum") / 8, CLASSES),
+    "classes weigh": (lambda z, y: F.cross_entropy(z, y, torch.arange(1.0, 6)), CLASSES),
+    "ignored weigh": (lambda z, y: F.cross_entropy(z, y, torch.arange(1.0, 6)), IGNORED),
     "smoothed": (lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1), CLASSES),
     "composed": (lambda z, y: F.cross_entropy(z, y) + 0.1 * z.square().mean(), CLASSES),
 }
@@ -267,6 +269,27 @@ def test_nothing_is_watched_where_something_compiles(tmp_path: Path) -> None:
 
     _, run = train(model, lambda s: F.cross_entropy(model(INPUTS), CLASSES), evaluate, tmp_path / "run")
     assert not found(run, "eval_loss")
+
+
+@pytest.mark.parametrize("shape", [(90,), (9, 12)])
+def test_of_many_positions_some_are_looked_at(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Oracle: planted fault. Every third position, or every second of every second row, is right: those looked at."""
+    trainings.seed()
+    model, x = nn.Linear(4, LOOKED // 72), torch.randn(2, *shape, 4)
+    apart = 3 if len(shape) == 1 else 2
+    right = torch.zeros(shape, dtype=torch.bool)
+    right[tuple(slice(None, None, apart) for _ in shape)] = True
+
+    def evaluate() -> float:
+        z = model(x).movedim(-1, 1)
+        return float(F.cross_entropy(z, torch.where(right, z.argmax(1), z.argmin(1))))
+
+    def loss(step: int) -> Tensor:
+        return F.cross_entropy(model(torch.randn(2, 4, 4)).movedim(-1, 1), torch.zeros(2, 4, dtype=torch.long))
+
+    seen, run = train(model, loss, evaluate, tmp_path / "run")
+    assert found(run, "eval_loss") == pytest.approx(seen, rel=1e-6)
+    assert set(found(run, "eval_acc").values()) == {1.0}
 
 
 def test_of_many_logits_some_rows_are_looked_at(tmp_path: Path) -> None:

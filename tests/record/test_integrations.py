@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import monitor
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.warm import ROOT, Warm, run_warm
 
 DDP = """
 import os, sys, hashlib, torch, torch.distributed as dist
@@ -70,7 +67,8 @@ os._exit(0)  # gloo now and then aborts while it is taken down, with or without 
 """
 
 
-TWO = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+TWO = {"WORLD_SIZE": "2"}
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 def two_processes(tmp_path: Path, kind: str, run: str, attached: str = "all") -> list[str]:
@@ -79,13 +77,9 @@ def two_processes(tmp_path: Path, kind: str, run: str, attached: str = "all") ->
     script.write_text(DDP)
     meeting = tmp_path / f"{kind}-{attached}-{Path(run).name}"  # a file, since any port may be taken
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), kind, run, f"file://{meeting}", attached],
-            env=os.environ | {"RANK": str(r)} | TWO,
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        Warm([script, kind, run, f"file://{meeting}", attached], ROOT, os.environ | {"RANK": str(r)} | TWO)
         for r in range(2)
-    ]  # fmt: skip
+    ]
     lines = []
     for p in processes:
         out, err = p.communicate(timeout=120)
@@ -189,16 +183,12 @@ def test_an_unmodified_trainer_run(tmp_path: Path) -> None:
     script.write_text(TRAINER)
 
     def digest(*command: str) -> str:
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = run_warm(*command, script, tmp_path / "out", cwd=tmp_path, env=OFFLINE, check=True)
         return next(line for line in done.stdout.splitlines() if line.startswith("digest"))
 
-    control = digest(sys.executable)
+    control = digest()
     folder = tmp_path / "run"
-    assert digest(sys.executable, "-m", "monitor_cli", "run", "--run-dir", str(folder)) == control
+    assert digest("-m", "monitor_cli", "run", "--run-dir", str(folder)) == control
     run = monitor.open(folder)
     assert run.steps == 12
     assert run.modules("grad_norm.norm")[0] == "transformer.wte.weight"
@@ -241,16 +231,12 @@ def test_attention_by_hand_under_a_trainer(forward: str, tmp_path: Path) -> None
     script.write_text(EAGER)
 
     def digest(*command: str) -> str:
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path / "out"), forward], cwd=tmp_path, capture_output=True, text=True,
-            check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = run_warm(*command, script, tmp_path / "out", forward, cwd=tmp_path, env=OFFLINE, check=True)
         return next(line for line in done.stdout.splitlines() if line.startswith("digest"))
 
     folder = tmp_path / "run"
-    control = digest(sys.executable)
-    assert digest(sys.executable, "-m", "monitor_cli", "run", "--run-dir", str(folder)) == control
+    control = digest()
+    assert digest("-m", "monitor_cli", "run", "--run-dir", str(folder)) == control
     run = monitor.open(folder)
     assert not run.warnings
     assert run.modules("attn_entropy.entropy") == tuple(

@@ -10,6 +10,7 @@ as in scripts that evaluate both sets.
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -42,7 +43,7 @@ _SIGNATURES = {func: inspect.signature(func) for func in _LOSSES}
 _CLASSIFIES = (F.cross_entropy, F.nll_loss)
 #: Nodes that leave of a loss what it is: a mean of it, a factor, another precision.
 _SCALES = ("MulBackward0", "DivBackward0", "MeanBackward0", "SumBackward0", "ToCopyBackward0", "ViewBackward0")
-#: Logits of a batch that are looked at for its accuracy; of more, evenly spaced rows, unless classes precede positions.
+#: Logits of a batch that are looked at for its accuracy; of more, evenly spaced rows, or positions in each row.
 LOOKED = 1 << 19
 #: Rows of a batch, and values of a row, that tell data that were trained on again; how many rows are remembered.
 ROWS, VALUES, REMEMBERED = 256, 64, 1 << 16
@@ -150,6 +151,9 @@ class EvaluationSite(Site):
             valid = y != given.get("ignore_index", -100)
             count = int(valid.sum()) if self.rec.on_cpu else valid.sum()
             self._judge(z if z.dim() > 1 else z[None], y if z.dim() > 1 else y[None], valid)
+            if (weight := given.get("weight")) is not None:  # a mean is over the weights of the targets
+                count = (weight[torch.where(valid, y, 0).long()] * valid).sum()
+                count = float(count) if self.rec.on_cpu else count
             if result.dim() > 0:  # of ignored targets it is 0, which a mean would count
                 result = result.sum()
                 given["reduction"] = "sum"
@@ -159,11 +163,14 @@ class EvaluationSite(Site):
             self._add("loss", result.sum() if summed else result.mean(), count, summed=summed)
 
     def _judge(self, z: Tensor, y: Tensor, valid: Tensor) -> None:
-        """Count the targets whose logit is the largest of its row, ``(row, class, …)``; of many logits in some rows."""
+        """Count the targets whose logit is the largest of its row, ``(row, class, …)``; of many logits some."""
         if z.shape[1] < 2:
             return
-        rows = slice(None, None, -(-z.numel() // LOOKED) if z.dim() == 2 else 1)
-        z, y, valid = z[rows], y[rows], valid.view(y.shape)[rows]
+        valid = valid.view(y.shape)
+        positions = range(2, z.dim()) or range(1)
+        every = slice(None, None, max(1, math.ceil((z.numel() / LOOKED) ** (1 / len(positions)))))
+        for axis in positions:
+            z, (y, valid) = _along(z, axis, every), (_along(x, max(axis - 1, 0), every) for x in (y, valid))
         of_target = z.gather(1, torch.where(valid, y, 0).long().unsqueeze(1)).squeeze(1)
         count = int(valid.sum()) if self.rec.on_cpu else valid.sum()
         self._add("acc", ((of_target >= z.amax(1)) & valid).sum(), count, summed=True)
@@ -191,6 +198,10 @@ class EvaluationSite(Site):
                 if isinstance(weight, Tensor) or weight > 0:
                     logged.evaluated(kind, total / weight)
             self._means.clear()
+
+
+def _along(x: Tensor, axis: int, part: slice) -> Tensor:
+    return x[(slice(None),) * axis + (part,)]
 
 
 def _numbers(output: Any) -> Iterator[Tensor]:
