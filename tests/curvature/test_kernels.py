@@ -66,6 +66,19 @@ def test_batch_norms_have_the_same_derivatives(kind: type[nn.Module], affine: bo
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelus_have_the_same_derivatives(approximate: str) -> None:
+    """Oracle: independent library: torch's own first and second derivatives, float64."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(4, 6), nn.GELU(approximate), nn.Linear(6, 5), nn.GELU(approximate)).double()
+    x = 3 * torch.randn(2, 5, 4, dtype=torch.float64).mT.reshape(-1, 4)
+    expected = derivatives(layer, x)
+    with twice_differentiable_kernels():
+        found = derivatives(layer, x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 class Mixed(nn.Module):
     """A convolution of what autocast has rounded, or of 16 bits with a batch norm of 32."""
 
@@ -113,7 +126,7 @@ class Convolutional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = checkpoint(self._inner, x, use_reentrant=False) if self.checkpointed else self._inner(x)
         assert isinstance(h, Tensor)
-        return self.out(h.mean((2, 3)))
+        return self.out(F.gelu(h.mean((2, 3))))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
