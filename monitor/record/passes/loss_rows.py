@@ -34,13 +34,13 @@ def loss_rows(logp: Tensor, y: Tensor, ignore_index: int) -> Tensor | list[float
     """
     if logp.device.type == "cpu" and logp.dim() == 2 and logp.dtype in (torch.float32, torch.float64):
         rows, target = logp.numpy(), y.numpy()  # a call of numpy costs a fifth of one of torch's
-        # of classes below 0 torch takes the one that is ignored alone
-        count = None if ignore_index < 0 <= target.min() else target != ignore_index
-        of_target = rows[np.arange(len(rows)), target if count is None else np.where(count, target, 0)]
+        count = target != ignore_index
+        every = np.count_nonzero(count) == len(rows)
+        of_target = rows[np.arange(len(rows)), target if every else np.where(count, target, 0)]
         # odd, so that over a sequence length that is a power of two every position is met
         stride = 1 if rows.size <= ALL else (rows.size // ALL) | 1
         best, hit = rows[::stride].max(axis=1, initial=-np.inf), of_target[::stride]
-        if count is not None:  # not before: the rows that count would be a copy of nearly all logits
+        if not every:  # not before: the rows that count would be a copy of nearly all logits
             of_target, best, hit = of_target[count], best[count[::stride]], hit[count[::stride]]
         zero, right = of_target.size - np.count_nonzero(of_target), np.count_nonzero(hit >= best)
         return [float(of_target.size), float(zero), float(right), float(np.exp(best).sum()), float(best.size)]
