@@ -58,12 +58,19 @@ class _Root:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call; tensors in ``args`` and ``kwargs`` that stem from the tape are replaced by where they come from."""
+    """One call; tensors in ``args`` and ``kwargs`` that stem from the tape are replaced by where they come from.
+
+    Attributes:
+        changes: True if it changes a tensor in place.
+        severed: True if something it is given depends on parameters and does not stem from the tape.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     grad: bool
+    changes: bool
+    severed: bool
 
 
 class Tape:
@@ -76,8 +83,8 @@ class Tape:
     Attributes:
         loss: what `backward` was called on, read when it was called; None until then, and on an accelerator.
         autocast: device types for which autocast was on when the tape began, with their dtypes.
-        severed: a replay takes something for data that depends on parameters: what gave it was not seen, as in a
-            `torch.autograd.Function`, a compiled function, or a model that is not followed.
+        severed: a replay takes something for data that depends on parameters, and the loss on it: what gave it was not
+            seen, as in a `torch.autograd.Function`, a compiled function, or a model that is not followed.
     """
 
     def __init__(self, models: Sequence[nn.Module], random: RandomState) -> None:
@@ -88,6 +95,7 @@ class Tape:
             kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
         }
         self._calls: list[_Call] = []
+        self._cut = False  # in what is being traced
         self._where: dict[int, _Made] = {}
         self._alive: list[Tensor] = []  # an id means nothing once its tensor is gone
         self._end: _Made | None = None
@@ -107,7 +115,7 @@ class Tape:
 
     def root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A root module was called."""
-        self._note(_Root(weakref.ref(unwrap(module))), args, kwargs, output, grad=True)
+        self._note(_Root(weakref.ref(unwrap(module))), args, kwargs, output, True, False)
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A torch function was called outside the root modules."""
@@ -118,10 +126,12 @@ class Tape:
         name = getattr(func, "__name__", "")
         changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if changes or any(True for _ in _tensors(result)):
-            self._note(func, args, kwargs, result, grad=torch.is_grad_enabled())
+            self._note(func, args, kwargs, result, torch.is_grad_enabled(), changes)
 
-    def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, grad: bool) -> None:
-        self._calls.append(_Call(func, self._traced(args), self._traced(dict(kwargs)), grad))
+    def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, grad: bool, changes: bool) -> None:
+        self._cut = False
+        args, kwargs = self._traced(args), self._traced(dict(kwargs))
+        self._calls.append(_Call(func, args, kwargs, grad, changes, self._cut))
         for i, t in enumerate(_tensors(result)):
             self._where[id(t)] = _Made(len(self._calls) - 1, i)
             self._alive.append(t)
@@ -130,9 +140,20 @@ class Tape:
         """`backward` is being called on ``loss`` with ``gradient``; ``read``: its value can be had without a sync."""
         end = self._trace(loss)
         self._end = end if isinstance(end, _Made) else None
+        self.severed = self._end is not None and any(c.severed for c in self._behind(self._end.call))
         self._gradient = None if gradient is None else gradient.detach().clone()
         self.loss = float(loss.detach()) if read and loss.numel() == 1 else None
         self._where, self._alive = {}, []
+
+    def _behind(self, last: int) -> list[_Call]:
+        """The calls on whose results the ``last`` one depends, with it; every one that changes something may be one."""
+        todo, found = [last, *(i for i, c in enumerate(self._calls) if c.changes)], dict[int, _Call]()
+        while todo:
+            i = todo.pop()
+            if i not in found:
+                found[i] = c = self._calls[i]
+                todo += [x.call for x in tree_leaves((c.args, c.kwargs)) if isinstance(x, _Made)]
+        return list(found.values())
 
     def replay(self) -> Tensor:
         """The loss again: the tensor that `backward` was called on, as a function of what the modules hold now.
@@ -200,7 +221,7 @@ class Tape:
             return x
         made = self._where.get(id(x))
         if x.grad_fn is not None and (made is None or not self._calls[made.call].grad):
-            self.severed = True  # of a torch.autograd.Function at most the inside is seen
+            self._cut = True  # of a torch.autograd.Function at most the inside is seen
             return x
         known = made or self._held.get(id(x))
         return x if known is None else known
