@@ -240,7 +240,10 @@ class Recorder:
             if not chosen:
                 return
             modules = [modules[i] for i in chosen]
-            values = values[chosen] if isinstance(values, Tensor) else np.asarray(values)[chosen]
+            if isinstance(values, Tensor):
+                values = values.index_select(0, torch.tensor(chosen).to(values.device, non_blocking=True))
+            else:
+                values = np.asarray(values)[chosen]
         self._open_row.emit_many(reads, stats, modules, values, at)
 
     def _close_row(self) -> None:

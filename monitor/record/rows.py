@@ -51,7 +51,7 @@ class OpenRow:
         if merge:
             before, count = self._emitted.get((reads, module), (-1, 0))
             if before == epoch:
-                values = _merged(merge[at], self._ring.open(span)[at], values, count)
+                values = _merged(merge[at], self._ring.open(span, values)[at], values, count)
             else:
                 count = 0
             self._emitted[(reads, module)] = (epoch, count + 1)
@@ -69,40 +69,39 @@ class OpenRow:
         self._ring.write_many(reads, places, at, values)
 
     def _widen(self, reads: str, stats: Sequence[str], modules: Sequence[str]) -> None:
-        self._drain(wait=True)
-        block = self._ring.widen(reads, stats, modules)
-        if block is not None:
-            self._flusher.take(block)
+        self.hand_on(wait=True)
+        self._ring.widen(reads, stats, modules)
         self._flusher.layout(self._ring.layout)
 
     def close(self, step: int) -> None:
         """Close the row as that of ``step`` and begin the next; hand on the closed ones when it is time."""
         if self._ring.layout.size:
             self._ring.commit(step)
-            self._drain()
             if self._ring.full or time.perf_counter() - self._handed_on > BLOCK_SECONDS:
                 self.hand_on()
+            else:
+                self._drain()
         self._emitted.clear()
 
-    def _drain(self, wait: bool = False) -> None:
-        number = self._ring.layout.number
-        for step, payload in self._ring.ready(wait):
-            self._flusher.row(step, number, payload)
-
     def hand_on(self, wait: bool = False) -> None:
-        """Give the closed rows to the writer.
+        """Give the closed rows to the writer: those that have arrived; the others follow.
 
         Args:
-            wait: also if the device has not copied all of them yet. A full block must go; one that is merely old can
-                wait.
+            wait: for those that the device has not copied yet.
         """
-        if not wait and not self._ring.full and not self._ring.settled:
-            return
-        self._drain(wait=True)
-        block = self._ring.take(wait=True)
-        if block is not None:
-            self._flusher.take(block)
+        self._ring.turn()
+        self._drain(wait)
         self._handed_on = time.perf_counter()
+
+    def _drain(self, wait: bool = False) -> None:
+        blocks = self._ring.blocks
+        while True:
+            block = blocks[0]
+            for step, payload in block.ready(wait):
+                self._flusher.row(step, block.layout.number, payload)
+            if len(blocks) == 1 or not block.complete:
+                return
+            self._flusher.take(blocks.popleft().raw())
 
     def move(self, device: torch.device) -> None:
         """Go on with rows on another device."""
@@ -114,20 +113,25 @@ class OpenRow:
 _WAYS = ("sum", "mean", "last", "max", "min")
 
 
-def _merged(merge: Sequence[str], old: Tensor, new: Values, count: int) -> Values:
+def _merged(merge: Sequence[str], old: Tensor | np.ndarray, new: Values, count: int) -> Values:
     """Statistics of ``count`` micro-batches and of one more."""
-    which = _which(tuple(merge), old.device)
-    if isinstance(which, np.ndarray):
-        a, b = old.numpy(), np.asarray(new, dtype=np.float32)
+    if isinstance(old, np.ndarray):
+        a, b = old, np.asarray(new, dtype=np.float32)
         with np.errstate(all="ignore"):
-            return np.choose(which, (a + b, (a * count + b) / (count + 1), b, np.maximum(a, b), np.minimum(a, b)))
+            ways = (a + b, (a * count + b) / (count + 1), b, np.maximum(a, b), np.minimum(a, b))
+            return np.choose(_which(tuple(merge)), ways)
     a, b = old, torch.as_tensor(new, dtype=torch.float32, device=old.device)
     ways = torch.stack((a + b, (a * count + b) / (count + 1), b, torch.maximum(a, b), torch.minimum(a, b)))
-    return ways.gather(0, which)[0]
+    return ways.gather(0, _which_on(tuple(merge), old.device))[0]
 
 
 @cache
-def _which(merge: tuple[str, ...], device: torch.device) -> Tensor | np.ndarray:
-    """For each statistic the place of its way in `_WAYS`: ``(statistic,)`` on a CPU, ``(1, statistic)`` elsewhere."""
-    places = [_WAYS.index(way) for way in merge]
-    return np.array(places) if device.type == "cpu" else torch.tensor([places], device=device)
+def _which(merge: tuple[str, ...]) -> np.ndarray:
+    """For each statistic the place of its way in `_WAYS`: ``(statistic,)``."""
+    return np.array([_WAYS.index(way) for way in merge])
+
+
+@cache
+def _which_on(merge: tuple[str, ...], device: torch.device) -> Tensor:
+    """The same on an accelerator: ``(1, statistic)``."""
+    return torch.from_numpy(_which(merge)[None]).to(device, non_blocking=True)
