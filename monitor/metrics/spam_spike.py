@@ -50,7 +50,8 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2501.06842",
-    cost="beyond grad_norm one read of the second moment, of large parameters at every fourth step",
+    cost="beyond grad_norm one read of the second moment, of large parameters at every fourth step; on an accelerator "
+    "at every eighth, of large ones at every 32nd",
     plot=Plot("count", kind="heatmap"),
     oracle=oracle,
     reads="gradient",

@@ -393,7 +393,7 @@ at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& min, co
 // Operations whose result has a size, or is a decision, that only the device knows.
 const std::set<std::string> kWaiting = {
     "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero", "aten::_unique2", "aten::bincount",
-    "aten::unique_consecutive", "aten::unique_dim", "aten::allclose", "aten::repeat_interleave", "aten::argwhere"};
+    "aten::unique_consecutive", "aten::unique_dim", "aten::allclose", "aten::argwhere"};
 
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
@@ -426,6 +426,9 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
         }
       }
     }
+  }
+  if (name == "aten::repeat_interleave") {
+    waits_ = stack->back().isNone();  // of a size that is told the device need not be asked
   }
   TORCH_CHECK(devices.size() < 2, name, ": expected all tensors to be on the same device");
   if (waits_ && !inside) {

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from monitor.block import ABSENT_BITS
-from monitor.record.passes import distance, logit_rows, loss_rows
-from monitor.record.passes.gradient import THETA, GradientReader, History
+from monitor.block import ABSENT, ABSENT_BITS
+from monitor.record.passes import distance, logit_rows, loss_rows, side_by_side
+from monitor.record.passes.gradient import THETA, TURNS, GradientReader, History
+from monitor.record.passes.gradient_device import SpikeReader, gradient_norms
 from monitor.record.passes.input import input_stats
 from monitor.record.passes.parameter import ParameterReader, on_device
+from monitor.record.passes.side_by_side import SideBySide, norms
 
 
 def stats(z: Tensor, y: Tensor | None = None, dtype: torch.dtype = torch.float32, valid: Tensor | None = None) -> dict:
@@ -273,19 +275,65 @@ def test_many_tiny_gradients() -> None:
 
 
 def test_the_accelerator_sees_what_the_cpu_sees() -> None:
-    """Oracle: independent computation. The path without a sync, run on a CPU, against the grouped one."""
+    """Oracle: independent computation. The way without a sync, run on a CPU, against the grouped one."""
     torch.manual_seed(0)
-    grads = [torch.randn(50), torch.randn(200, 100) * 1e-25, torch.zeros(9), torch.randn(20_000)]
+    grads = [torch.randn(50), torch.randn(200, 100) * 1e-25, torch.zeros(9), torch.randn(20_000), torch.randn(3, 4, 5)]
     grads[3][7] = math.inf
+    grads[4] = grads[4].transpose(0, 2)
     seconds = [torch.rand_like(g) * 1e-4 if g.numel() != 9 else None for g in grads]
-    reader, history = GradientReader(grads, [v is not None for v in seconds]), History(seconds, 0.99, 50)
-    wanted, got = (
-        np.asarray(reader.read(grads, 0, history)),
-        reader._on_device(grads, reader._turns[0][0], history).numpy(),
-    )
-    absent = wanted.view(np.uint32) == ABSENT_BITS
-    np.testing.assert_array_equal((got.view(np.uint32) == ABSENT_BITS)[:, 3:], absent[:, 3:])
-    np.testing.assert_allclose(got[~absent], wanted[~absent], rtol=1e-4)  # v before the step: a difference
+    seconds[1].mul_(1e-50)
+    remembered, history = [v is not None for v in seconds], History(seconds, 0.99, 50)
+    spikes = SpikeReader([g.numel() for g in grads], remembered)
+    found = np.full((len(grads), 2), ABSENT)
+    wanted = found.copy()
+    for turn in range(TURNS):
+        close_up = np.asarray(GradientReader(grads, remembered).read(grads, turn, history))
+        np.testing.assert_allclose(gradient_norms(grads), close_up[:, :3], rtol=1e-6)
+        seen = close_up[:, 3].view(np.uint32) != ABSENT_BITS
+        wanted[seen] = close_up[seen, 3:]
+        at, got = spikes.read(grads, turn, history)
+        assert got is not None
+        found[at] = got
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)  # v before the step is a difference
+    assert wanted[0, 0] > 0
+
+
+def test_spikes_on_the_accelerator_of_what_has_no_history_and_across_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: independent computation. First gradients, enormous spikes and tensors larger than a buffer."""
+    monkeypatch.setattr(side_by_side, "MOST", 1 << 10)
+    torch.manual_seed(0)
+    beta2, n = 0.999, 2000
+    before = [torch.rand(size) + 0.5 for size in (700, 5000, 300, 40)]
+    grads = [torch.randn(len(v)) for v in before]
+    before[0][:10] = 0  # their first gradient
+    before[2].zero_()  # nothing was ever there
+    grads[1][4321], grads[0][3], grads[3][5] = 1e3, 1e3, 1e9
+    seconds = [beta2 * v + (1 - beta2) * g * g for v, g in zip(before, grads, strict=True)]
+    history = History(seconds, beta2, n)
+    wanted = np.asarray(GradientReader(grads, [True] * 4).read(grads, 0, history))[:, 3:]
+    at, got = SpikeReader([len(v) for v in before], [True] * 4).read(grads, 0, history)
+    assert list(at) == [0, 1, 2, 3] and got is not None
+    assert wanted[:, 0].tolist() == [1, 1, 0, 1]
+    np.testing.assert_allclose(got, wanted, rtol=2e-3)
+
+
+@pytest.mark.parametrize("most", [64, 1000, 1 << 24])
+def test_side_by_side(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: dense float64 reference. Every element once, in order, whatever the buffers; what is empty stays it."""
+    monkeypatch.setattr(side_by_side, "MOST", most)
+    torch.manual_seed(0)
+    tensors = [torch.randn(s) for s in ((), (0,), (70,), (30, 25), (1000,), (5,))]
+    others = [t.double() for t in tensors]
+    layout = SideBySide([t.numel() for t in tensors])
+    sums, seen = [], []
+    for sizes, a, b in layout.copies([*tensors[:3], tensors[3].T.contiguous().T, *tensors[4:]], others):
+        assert len(a) == sum(sizes) <= most
+        assert (a.dtype, b.dtype) == (torch.float32, torch.float64)
+        np.testing.assert_array_equal(a.double(), b)
+        seen.append(a.clone())
+        sums.append(norms(a.split(sizes), 1))
+    np.testing.assert_array_equal(torch.cat(seen), torch.cat([t.reshape(-1) for t in tensors]))
+    np.testing.assert_allclose(layout.joined(sums), [t.double().abs().sum() for t in tensors])
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.99, 0.999])
@@ -358,9 +406,9 @@ def test_update_is_the_true_change() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_parameters_on_the_accelerator_as_on_the_cpu(dtype: torch.dtype) -> None:
-    """Oracle: independent computation. Tensor by tensor in torch, run on a CPU, against rows and pieces in numpy."""
+    """Oracle: independent computation. Buffers in torch, run on a CPU, against rows and pieces in numpy."""
     torch.manual_seed(0)
-    now = [torch.randn(s).to(dtype) for s in ((), (70,), (300, 257), (1 << 13,), (9000,), (50,))]
+    now = [torch.randn(s).to(dtype) for s in ((), (70,), (300, 257), (1 << 13,), (9000,), (50,), (0,))]
     before, start = ([w + 0.1 * torch.randn_like(w) for w in now] for _ in range(2))
     grads = [torch.randn_like(w) if i % 3 else None for i, w in enumerate(now)]
     samples = [distance.sample(w.view(-1)) for w in start]

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitor.record.passes.dtype import sum_dtype
+from monitor.record.passes.side_by_side import SideBySide, norms
 
 STATS = ("dot", "grad_norm", "param_norm")
-#: Elements that are widened together.
-_LARGE = 1 << 26
 
 
 def alignment_stats(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
@@ -25,18 +23,19 @@ def alignment_stats(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor
         params: the parameters at which they were taken, each of its gradient's shape, of one dtype; read only.
 
     Returns:
-        ``(parameter, 3)`` float64: inner product, norm of the gradient, norm of the parameter. Inner products of pieces
-        are taken in the wider of float32 and the tensors' own dtype and added in float64.
+        ``(parameter, 3)`` float64 where the device has it, else float32: inner product, norm of the gradient, norm of
+        the parameter. Products are rounded to the wider of float32 and the parameters' own dtype and added in the
+        widest dtype of the device: those below 1e-38 are lost.
 
-    Cost: one read of both, and one more for the norms; no host sync.
+    Cost: three reads of both; no host sync, and no operation that there is one of for each tensor.
     Source: module docstring.
     """
-    dots = [_dot(g, w) for g, w in zip(grads, params, strict=True)]
-    norms = [torch.stack(torch._foreach_norm(list(t), 2, dtype=torch.float64)) for t in (grads, params)]
-    return torch.stack((torch.stack(dots), *norms), dim=1)
-
-
-def _dot(g: Tensor, w: Tensor) -> Tensor:
-    dtype = torch.promote_types(sum_dtype(g), sum_dtype(w))
-    pieces = zip(g.reshape(-1).split(_LARGE), w.reshape(-1).split(_LARGE), strict=True)
-    return torch.stack([a.to(dtype).dot(b.to(dtype)) for a, b in pieces]).double().sum()
+    layout = SideBySide([g.numel() for g in grads])
+    positive, absolute = [], []
+    for sizes, product, g in layout.copies(params, grads):
+        parts = product.mul_(g).split(sizes)
+        absolute.append(norms(parts, 1))
+        product.clamp_min_(0)
+        positive.append(norms(parts, 1))
+    dots = 2 * layout.joined(positive) - layout.joined(absolute)
+    return torch.stack((dots, norms(grads, 2), norms(params, 2)), dim=1)

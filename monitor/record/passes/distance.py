@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from monitor.record.passes.arrays import Array, dot
+from monitor.record.passes.side_by_side import SideBySide, norms
 
 STATS = ("sumsq", "sumsq_var", "exact")
 #: Elements of a block (a kilobyte of float32) and blocks per sampled block. Whole blocks, so that only a sixteenth of
@@ -60,15 +62,49 @@ def distance_stats(now: Array, start: Array, numel: int) -> tuple[float, float, 
     return share * float(total), spread * float(apart @ apart) / (len(per_block) - 1), 0.0
 
 
-def on_device(now: Tensor, start: Tensor, numel: int) -> Tensor:
-    """`distance_stats` of tensors on an accelerator, ``(3,)`` float32; no host sync."""
-    per_block = (now.float() - start.float()).square().sum(dim=1).double()
-    if now.shape[0] == 1:
-        one = torch.ones_like(per_block[0])
-        return torch.stack((per_block[0], torch.zeros_like(one), one)).float()
-    share, spread = _expansion(len(per_block), numel)
-    variance = spread * per_block.var()
-    return torch.stack((share * per_block.sum(), variance, torch.zeros_like(variance))).float()
+def on_device(now: Sequence[Tensor], start: Sequence[Tensor], numels: Sequence[int]) -> Tensor:
+    """`distance_stats` of parameters on an accelerator, in the widest dtype it has.
+
+    Args:
+        now: `sample` of each parameter, of one device and dtype; read only.
+        start: `sample` of each at the start; read only.
+        numels: elements of each whole parameter.
+
+    Returns:
+        ``(parameter, 3)``; the squares are taken in float32, or float64 if the parameters are of that.
+
+    Cost: as `distance_stats`; no host sync, and no operation that there is one of for each parameter.
+    """
+    device = now[0].device
+    order = sorted(range(len(now)), key=lambda i: len(start[i]) > 1)  # first those that were read as a whole
+    whole, cut = ([i for i in order if (len(start[i]) > 1) is many] for many in (False, True))
+    parts = []
+    if whole:
+        total = _sums(now, start, whole)[0]
+        parts.append(torch.stack((total, torch.zeros_like(total), torch.ones_like(total)), dim=1))
+    if cut:
+        total, squares = _sums(now, start, cut)
+        n = [len(start[i]) for i in cut]
+        known = [(*_expansion(b, numels[i]), 1 / b, 1 / (b - 1)) for b, i in zip(n, cut, strict=True)]
+        share, spread, inverse, freedom = torch.tensor(known, dtype=total.dtype).T.to(device, non_blocking=True)
+        variance = (squares - total * total * inverse).clamp_min_(0) * (freedom * spread)
+        parts.append(torch.stack((share * total, variance, torch.zeros_like(total)), dim=1))
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__)).to(device, non_blocking=True)
+    return torch.cat(parts).index_select(0, back)
+
+
+def _sums(now: Sequence[Tensor], start: Sequence[Tensor], at: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``(parameter,)``: the sum of the squared changes, and that of the squares of the blocks' sums."""
+    layout = SideBySide([start[i].numel() for i in at])
+    totals, squares = [], []
+    for sizes, change, before in layout.copies([now[i] for i in at], [start[i] for i in at]):
+        change.sub_(before).square_()
+        if len(start[at[0]]) > 1:
+            change, sizes = change.view(-1, BLOCK).sum(dim=1), [size // BLOCK for size in sizes]
+            squares.append(norms(change.split(sizes), 2).square_())
+        totals.append(norms(change.split(sizes), 1))
+    total = layout.joined(totals)
+    return total, layout.joined(squares) if squares else total
 
 
 def _expansion(taken: int, numel: int) -> tuple[float, float]:

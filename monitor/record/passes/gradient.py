@@ -28,8 +28,9 @@ WARMUP = 20
 #: Second moment before the step, as a share of the one after it, below which float32 has lost it. It was 0 (the first
 #: gradient an element ever had) or the spike is beyond 1e6 / (1 - beta2) times it: the mean over the rest of the tensor
 #: decides which.
-_LOST = 1e-6
-_TINY = torch.finfo(torch.float32).tiny
+LOST = 1e-6
+#: Elements of a gradient that is always looked at closely; larger ones are in one of so many turns.
+SMALL, TURNS = 1 << 13, 4
 #: Norms below this have lost bits in float32, whose squares end at 1e-38.
 _LEAST = 1e-15
 
@@ -60,37 +61,40 @@ class History(NamedTuple):  # made at every step
         return (self.beta2 + theta * (1 - self.beta2)) / theta
 
 
+def taking_turns(large: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """For each turn those of ``large`` that are looked at closely, and the others."""
+    return [
+        (list(large[turn::TURNS]), [i for at, i in enumerate(large) if at % TURNS != turn]) for turn in range(TURNS)
+    ]
+
+
 class GradientReader:
-    """Reads gradients of the same shapes step after step.
+    """Reads gradients on a CPU, of the same shapes step after step; on an accelerator `gradient_device` does.
 
     Of every tensor the norm is taken, and non-finite elements are counted where the norm is not finite. Largest
-    elements and spikes need three times as much reading: on a CPU they are looked for in tensors of up to `SMALL`
-    elements, which are copied side by side so that one call serves many, and in the larger ones by turns.
+    elements and spikes need three times as much reading: they are looked for in tensors of up to `SMALL` elements,
+    which are copied side by side so that one call serves many, and in the larger ones by turns.
 
     Args:
         grads: like those that will be read: dense floating tensors of one device and dtype, none of them empty.
         remembered: which of them the optimizer has a second moment of; default: none.
     """
 
-    SMALL, ROW, PIECE, TURNS = 1 << 13, 1 << 16, 1 << 15, 4
+    ROW, PIECE = 1 << 16, 1 << 15
 
     def __init__(self, grads: Sequence[Tensor], remembered: Sequence[bool] | None = None) -> None:
-        self._device, self._wide = grads[0].device, sum_dtype(grads[0])
+        self._wide = sum_dtype(grads[0])
         self._readable = grads[0].dtype == self._wide
         self._remembered = list(remembered or [False] * len(grads))
         self._zero: set[int] = set()
         sizes = [g.numel() for g in grads]
         # the last first: the optimizer has just been there, and what it read is in cache
-        large = [i for i, size in enumerate(sizes) if size > self.SMALL][::-1]
-        #: For each turn the large tensors that are looked at closely, and the others.
-        self._turns = [
-            (large[turn :: self.TURNS], [i for at, i in enumerate(large) if at % self.TURNS != turn])
-            for turn in range(self.TURNS)
-        ]
+        large = [i for i, size in enumerate(sizes) if size > SMALL][::-1]
+        self._turns = taking_turns(large)
         #: Rows of small tensors, and whether the optimizer has second moments of them.
         self._rows: list[tuple[Row, bool]] = []
         for known in (True, False):
-            some = [i for i, size in enumerate(sizes) if size <= self.SMALL and self._remembered[i] is known]
+            some = [i for i, size in enumerate(sizes) if size <= SMALL and self._remembered[i] is known]
             self._rows += [(row, known) for row in rows(sizes, some, self.ROW)]
         room = max([self.PIECE if large else 0, *(row.size for row, _ in self._rows)])
         # the same memory at every step: what is new has to be fetched, page by page
@@ -106,7 +110,7 @@ class GradientReader:
 
     def read(
         self, grads: Sequence[Tensor], turn: int, history: History | None = None, extremes: bool = True
-    ) -> Tensor | npt.NDArray[np.float32]:
+    ) -> npt.NDArray[np.float32]:
         """The statistics `STATS` of each tensor.
 
         Args:
@@ -116,20 +120,17 @@ class GradientReader:
             extremes: take the largest element of all large tensors.
 
         Returns:
-            ``(tensor, 5)`` float32, an array on a CPU; `monitor.block.ABSENT` where nothing was looked for. The norm is
-            right down to elements of 1e-38 (taken in float64 or rescaled where float32 squares underflow) and is
-            infinite only if an element is, or the true norm exceeds 3.4e38. ``spike_ratio`` is the largest g^2 / v
-            (bias-corrected v before the step) among the spiked elements, 0 if there is none; where v is lost to
-            rounding (see `_LOST`) the tensor's mean stands in for it.
+            ``(tensor, 5)``; `monitor.block.ABSENT` where nothing was looked for. The norm is right down to elements of
+            1e-38 (taken in float64 or rescaled where float32 squares underflow) and is infinite only if an element is,
+            or the true norm exceeds 3.4e38. ``spike_ratio`` is the largest g^2 / v (bias-corrected v before the step)
+            among the spiked elements, 0 if there is none; where v is lost to rounding (see `LOST`) the tensor's mean
+            stands in for it.
 
-        Cost: on a CPU one read of every gradient; close up, one of the second moment and a few of what is in cache
-        then; more only where something is spiked. On an accelerator norm and extremes of every gradient each time; no
-        host sync.
+        Cost: one read of every gradient; close up, one of the second moment and a few of what is in cache then; more
+        only where something is spiked.
         Source: definition; underflow measured (the float32 norm of 1,000 x 1e-24 is 0); SPAM, module docstring.
         """
         close, far = self._turns[turn]
-        if self._device.type != "cpu":
-            return self._on_device(grads, close, history)
         out = (self._blank if history is None else self._unspiked).copy()
         with np.errstate(all="ignore"):
             if far and not extremes:
@@ -200,7 +201,7 @@ class GradientReader:
         """
         norm = out[:, _NORM]
         for i in np.flatnonzero(~((norm >= _LEAST) & (norm < np.inf))).tolist():
-            if norm[i] == 0 and grads[i].numel() <= self.SMALL and out[i, _PEAK] == 0:
+            if norm[i] == 0 and grads[i].numel() <= SMALL and out[i, _PEAK] == 0:
                 continue
             if norm[i] == 0 and i in self._zero and i not in close:
                 continue
@@ -222,24 +223,6 @@ class GradientReader:
         """Copies of all tensors as one vector."""
         return side_by_side(tensors, room[: row.size])
 
-    def _on_device(self, grads: Sequence[Tensor], close: Sequence[int], history: History | None) -> Tensor:
-        extremes = [torch.aminmax(g) for g in grads]
-        low = torch.stack([e[0] for e in extremes]).float()
-        high = torch.stack([e[1] for e in extremes]).float()
-        peak = torch.maximum(-low, high)
-        bad = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
-        norm = torch.stack(torch._foreach_norm(list(grads), 2, dtype=sum_dtype(grads[0]))).float()
-        scaled = torch._foreach_div([g.float() for g in grads], list(peak.clamp_min(_TINY).unbind()))
-        exact = torch.stack(torch._foreach_norm(scaled)) * peak
-        norm = torch.where(torch.isfinite(peak) & (peak > 0), exact, norm)
-        absent = torch.full((2,), int(ABSENT.view(np.int32)), dtype=torch.int32, device=self._device)
-        spikes = [absent.view(torch.float32)] * len(grads)
-        if history is not None:
-            for i in (*(int(i) for row, _ in self._rows for i in row.at), *close):
-                if (v := history.seconds[i]) is not None:
-                    spikes[i] = _spikes_on_device(grads[i], v, history)
-        return torch.cat((torch.stack((norm, peak, bad), dim=1), torch.stack(spikes)), dim=1)
-
 
 def _spikes(g: Array, v: Array, at: npt.NDArray[np.intp], history: History) -> tuple[float, float]:
     """Number and largest ratio of the spiked elements of a vector on a CPU; ``at`` are those to be looked at."""
@@ -247,22 +230,11 @@ def _spikes(g: Array, v: Array, at: npt.NDArray[np.intp], history: History) -> t
     square, now = g[at].astype(np.float64), v[at].astype(np.float64)
     square *= square
     before = (now - (1 - beta2) * square) / beta2
-    lost = before <= _LOST * now
+    lost = before <= LOST * now
     if lost.any():
-        mean = (float(v.sum()) - float(now.sum())) / max(1, v.size - at.size)
+        rest = np.delete(v, at)  # of a difference of two sums an enormous spike would leave nothing, or rounding
+        mean = float(rest.sum()) / max(1, rest.size)
         before[lost] = mean if mean > 0 else math.inf  # there is nothing to compare with
     ratio = square * history.correction / before
     largest = float(ratio.max())
     return (float(np.count_nonzero(ratio > THETA)), largest) if largest > THETA else (0.0, 0.0)
-
-
-def _spikes_on_device(g: Tensor, v: Tensor, history: History) -> Tensor:
-    """``(2,)`` float32, as `_spikes`, without a sync."""
-    square, second, beta2 = g.double().square(), v.double(), history.beta2
-    tripped = second < history.slope * square
-    before = (second - (1 - beta2) * square).div_(beta2)
-    rest = torch.where(tripped, 0.0, second).sum() / (~tripped).sum().clamp_min(1)
-    before = torch.where(before <= _LOST * second, rest, before)
-    ratio = square * history.correction / before.clamp_min(torch.finfo(torch.float64).tiny)
-    spiked = tripped & (ratio > THETA) & (before > 0)
-    return torch.stack((spiked.sum().double(), torch.where(spiked, ratio, 0.0).max())).float()

@@ -134,8 +134,5 @@ def on_device(
     changed = update.update_stats(before, now)
     if start is None:
         return changed, aligned, None
-    moved = [
-        distance.on_device(distance.sample(w.detach().reshape(-1)), s, w.numel())
-        for w, s in zip(now, start, strict=True)
-    ]
-    return changed, aligned, torch.stack(moved)
+    sampled = [distance.sample(w.detach().reshape(-1)) for w in now]
+    return changed, aligned, distance.on_device(sampled, start, [w.numel() for w in now])

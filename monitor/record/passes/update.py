@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monitor.record.passes.dtype import sum_dtype
+from monitor.record.passes.side_by_side import norms
 
 STATS = ("update_norm", "param_norm")
 
@@ -20,14 +20,11 @@ def update_stats(before: Sequence[Tensor], now: Sequence[Tensor]) -> Tensor:
         now: the parameters, of one dtype; read only.
 
     Returns:
-        ``(parameter, 2)`` float32 or float64: norm of ``now - before``, norm of ``now``.
+        ``(parameter, 2)`` float64 where the device has it, else float32: norm of ``now - before``, norm of ``now``.
 
     Cost: per element four reads and a write; no allocation of tensor size, no host sync.
     Source: definition.
     """
-    dtype = sum_dtype(now[0])
     olds, news = list(before), list(now)
     torch._foreach_sub_(olds, news)
-    changes = torch._foreach_norm(olds, 2, dtype=dtype)
-    norms = torch._foreach_norm(news, 2, dtype=dtype)
-    return torch.stack((torch.stack(changes), torch.stack(norms)), dim=1)
+    return torch.stack((norms(olds, 2), norms(news, 2)), dim=1)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from monitor.record.passes.gradient import STATS, WARMUP, GradientReader, History
+from monitor.record.passes import gradient_device
+from monitor.record.passes.gradient import STATS, TURNS, WARMUP, GradientReader, History
+from monitor.record.passes.gradient_device import SpikeReader, gradient_norms
 from monitor.record.site import Site
 from monitor.record.sites._updates import updates
 
@@ -27,6 +29,7 @@ class _Part:
         at: their places in the optimizer's list of parameters.
         beta2: decay of the second moment; None if the gradients are not compared with it.
         plain: True if they are strided tensors, whose sizes stay.
+        looks: at spikes, so far, on an accelerator.
         seconds: ids of the second moments when they were last found fit or unfit to compare with.
         fit: which of them are fit.
     """
@@ -36,9 +39,14 @@ class _Part:
     at: list[int]
     beta2: float | None
     plain: bool
-    reader: GradientReader
+    reader: GradientReader | SpikeReader
     seconds: list[int] = field(default_factory=list)
     fit: list[bool] = field(default_factory=list)
+    looks: int = 0
+
+    def renew(self, grads: Sequence[Tensor]) -> None:
+        """Read gradients of other sizes, or with other second moments, from now on."""
+        self.reader = _reader(grads, self.fit)
 
 
 @dataclass
@@ -90,17 +98,32 @@ class GradientSite(Site):
             given = [g for i in part.at if (g := grads[i]) is not None]
             if not part.plain:
                 given = [_dense(g) for g in given]
-                part.reader, part.seconds = GradientReader(given), []
+                part.seconds, part.fit = [], []
+                part.renew(given)
+            if isinstance(part.reader, SpikeReader):
+                self._on_device(optimizer, part, given, scale)
+                continue
             history = self._history(optimizer, part, given)
-            turn = self.rec.step // self.rec.every % GradientReader.TURNS
-            extremes = self.due(EVERY) or scale is not None
-            values = part.reader.read(given, turn, history, extremes)
+            turn = self.rec.step // self.rec.every % TURNS
+            values = part.reader.read(given, turn, history, self.due(EVERY) or scale is not None)
             if isinstance(scale, Tensor):
-                if isinstance(values, Tensor):
-                    values = torch.cat((values[:, :2] / scale, values[:, 2:]), dim=1)
-                else:
-                    values[:, :2] /= scale.item()
+                values[:, :2] /= scale.item()
             self.rec.emit_many("gradient", STATS, part.names, values)
+
+    def _on_device(self, optimizer: Optimizer, part: _Part, grads: list[Tensor], scale: Tensor | None) -> None:
+        """Norms in every step; spikes, which take more operations than that, in some."""
+        values = gradient_norms(grads)
+        if isinstance(scale, Tensor):
+            values[:, :2].div_(scale)
+        self.rec.emit_many("gradient", STATS, part.names, values, slice(0, 3))
+        if not self.due(gradient_device.EVERY, first=0):
+            return
+        history = self._history(optimizer, part, grads)
+        if history is not None and isinstance(part.reader, SpikeReader):  # which it may have made anew
+            at, spikes = part.reader.read(grads, part.looks % TURNS, history)
+            part.looks += 1
+            if spikes is not None:
+                self.rec.emit_many("gradient", STATS, [part.names[i] for i in at], spikes, slice(3, 5))
 
     def _plan(
         self, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor | None], kinds: list[object],
@@ -124,7 +147,7 @@ class GradientSite(Site):
             given = [_dense(g) for i in at if (g := grads[i]) is not None]
             names = tuple(self.rec.parameter(params[i]) for i in at)
             decay = beta2 if isinstance(beta2, float) else None
-            parts.append(_Part(names, [params[i] for i in at], at, decay, bool(plain), GradientReader(given)))
+            parts.append(_Part(names, [params[i] for i in at], at, decay, bool(plain), _reader(given)))
         self._any = self._any or bool(parts)
         return _Plan(params, kinds, decays, parts)
 
@@ -143,7 +166,7 @@ class GradientSite(Site):
         ids = list(map(id, found))
         if ids != part.seconds:
             part.seconds, part.fit = ids, [self._fits(g, v) for g, v in zip(grads, found, strict=True)]
-            part.reader = GradientReader(grads, part.fit)
+            part.renew(grads)
         self._spikes = self._spikes or any(part.fit)
         if n <= WARMUP or not any(part.fit):
             return None
@@ -177,6 +200,12 @@ class GradientSite(Site):
 
 _WIDE = (torch.float32, torch.float64)
 _NOTHING: dict[str, Any] = {}
+
+
+def _reader(grads: Sequence[Tensor], fit: Sequence[bool] = ()) -> GradientReader | SpikeReader:
+    """What reads gradients like these, of which ``fit`` can be compared with second moments."""
+    fit = fit or [False] * len(grads)
+    return GradientReader(grads, fit) if grads[0].is_cpu else SpikeReader([g.numel() for g in grads], fit)
 
 
 def _decay(group: dict[str, Any]) -> float | None:

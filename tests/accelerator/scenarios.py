@@ -1,0 +1,272 @@
+"""Trainings on the emulated device, each plain and recorded. Run as a script: ``LIBRARY FOLDER NAME``; prints JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import monitor
+from tests.accelerator import emulated
+
+#: Called with the model and its optimizer before the first step; gives the handle, or None in the control.
+Attach = Callable[..., "monitor.Handle | None"]
+DEVICE, SECOND = f"{emulated.NAME}:0", f"{emulated.NAME}:1"
+STEPS = 130
+
+
+def _classes(rows: int = 64, features: int = 12) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, features).to(DEVICE), torch.randint(0, 5, (rows,)).to(DEVICE)
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 5))
+
+
+def plain(attach: Attach) -> nn.Module:
+    """A perceptron, some evaluations, values logged by the user; longer than a block of rows."""
+    model = _mlp().to(DEVICE)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    handle = attach(model, opt)
+    x, y = _classes()
+    for step in range(STEPS):
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        if handle is not None:
+            handle.log(val_loss=loss.detach())
+        if step % 50 == 49:
+            model.eval()
+            with torch.no_grad():
+                F.cross_entropy(model(x + 1), y)
+            model.train()
+    return model
+
+
+class _Block(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.n1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.n2(x))))
+
+
+class _GPT(nn.Module):
+    def __init__(self, vocabulary: int = 64, d: int = 32, layers: int = 4) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocabulary, d), nn.Embedding(16, d)
+        self.blocks = nn.ModuleList(_Block(d) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def gpt(attach: Attach) -> nn.Module:
+    """A transformer."""
+    model = _GPT().to(DEVICE)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = torch.randint(0, 64, (8, 17)).to(DEVICE)
+    attach(model, opt)
+    for _ in range(41):
+        loss = F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+    return model
+
+
+def experts(attach: Attach) -> nn.Module:
+    """A mixture of experts of a public library."""
+    import transformers
+
+    config = transformers.OlmoeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_experts=4, num_experts_per_tok=2, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.OlmoeForCausalLM(config).to(DEVICE).train()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = torch.randint(0, 96, (8, 16)).to(DEVICE)
+    attach(model, opt)
+    for _ in range(21):
+        loss = model(input_ids=data, labels=data).loss
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return model
+
+
+def autocast(attach: Attach) -> nn.Module:
+    """Forward in 16 bits."""
+    model = nn.Sequential(nn.Linear(12, 32), nn.LayerNorm(32), nn.Linear(32, 5)).to(DEVICE)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    attach(model, opt)
+    x, y = _classes()
+    for _ in range(30):
+        with torch.autocast(emulated.NAME, dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return model
+
+
+def convolutions(attach: Attach) -> nn.Module:
+    """Regression through a batch norm, in two micro-batches."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2)).to(DEVICE)
+    opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+    attach(model, opt)
+    x, y = torch.randn(2, 16, 3, 6, 6).to(DEVICE), torch.randn(2, 16, 2).to(DEVICE)
+    for _ in range(45):
+        opt.zero_grad()
+        for a, b in zip(x, y, strict=True):
+            (F.mse_loss(model(a), b) / 2).backward()
+        opt.step()
+    return model
+
+
+class _Split(nn.Module):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(12, 32).to(first), nn.LayerNorm(32).to(first)
+        self.b, self.second = nn.Linear(32, 5).to(second), second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.norm(self.a(x)).to(self.second)))
+
+
+def _split(attach: Attach, first: str, second: str) -> nn.Module:
+    model = _Split(first, second)
+    opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+    attach(model, opt)
+    x, y = _classes()
+    for _ in range(45):
+        loss = F.cross_entropy(model(x.to(first)), y.to(second))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return model
+
+
+def two_devices(attach: Attach) -> nn.Module:
+    """A model whose second half is on another device."""
+    return _split(attach, DEVICE, SECOND)
+
+
+def half_on_the_host(attach: Attach) -> nn.Module:
+    """A model that begins on the host."""
+    return _split(attach, "cpu", DEVICE)
+
+
+def moved(attach: Attach) -> nn.Module:
+    """A model that goes to the device in the middle."""
+    model = _mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, opt)
+    x, y = _classes()
+    for step in range(40):
+        if step == 15:
+            model.to(DEVICE)
+        device = next(model.parameters()).device
+        loss = F.cross_entropy(model(x.to(device)), y.to(device))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return model
+
+
+def broken_input(attach: Attach) -> nn.Module:
+    """A NaN in the input of step 20."""
+    model = _mlp().to(DEVICE)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, opt)
+    x, y = _classes()
+    for step in range(30):
+        if step == 20:
+            x[3, 4] = float("nan")
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return model
+
+
+def curvature(attach: Attach) -> nn.Module:
+    """Hessian products between the steps."""
+    model = _mlp().to(DEVICE)
+    opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+    attach(model, opt, curvature=monitor.Curvature(every=20))
+    x, y = _classes()
+    for _ in range(45):
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return model
+
+
+TRAININGS = (
+    plain, gpt, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
+)  # fmt: skip
+
+
+def _digest(training: Callable[[Attach], nn.Module], attach: Attach) -> str:
+    torch.manual_seed(0)
+    found = hashlib.sha256()
+    for t in (*training(attach).state_dict().values(), torch.get_rng_state()):
+        found.update(t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def main(library: str, folder: str, name: str, *options: str) -> dict[str, Any]:
+    """Train ``name`` twice, and tell what a recording of it in ``folder`` is like."""
+    global DEVICE
+    emulated.start(Path(library))
+    if "no float64" in options:
+        torch.ops.emulated.use_float64(False)
+    if "on the host" in options:
+        DEVICE = "cpu"
+        torch.backends.cuda.enable_flash_sdp(False)  # which the device has not
+    training = next(t for t in TRAININGS if t.__name__ == name)
+    handles: list[monitor.Handle] = []
+
+    def attach(*args: Any, **kwargs: Any) -> monitor.Handle:
+        handles.append(monitor.attach(*args, run_dir=folder, **kwargs))
+        return handles[-1]
+
+    control = _digest(training, lambda *args, **kwargs: None)
+    with emulated.Waits("/monitor/") as waits:
+        recorded = _digest(training, attach)
+    for handle in handles:
+        handle.close()
+    run = monitor.open(folder)
+    return {
+        "equal": control == recorded,
+        "waits": waits.found,
+        "warnings": run.info["warnings"],
+        "metrics": sorted(run.metrics()),
+        "rows": [int(s) for s in run.frame("loss")["step"]],
+        "findings": [(f.rule, f.module, f.first_step) for f in run.findings()],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))

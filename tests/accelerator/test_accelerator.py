@@ -1,0 +1,79 @@
+"""Recording on an accelerator: an emulated one, which is stricter than CUDA and as slow as the host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import monitor
+from tests.accelerator.scenarios import STEPS, TRAININGS
+from tests.warm import ROOT, run_warm
+
+NAMES = [t.__name__ for t in TRAININGS]
+#: What the end of a run waits for, and a row that becomes wider.
+ENDS = "synchronize event in ring.py"
+
+
+def _recorded(library: Path, folder: Path, name: str, *options: str) -> dict[str, Any]:
+    script = ROOT / "tests" / "accelerator" / "scenarios.py"
+    done = run_warm(script, library, folder, name, *options, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_changes_and_nobody_waits(library: Path, tmp_path: Path, name: str) -> None:
+    """Oracle: invariance. The training is the same bit for bit, no site fails, and the host waits for no step.
+
+    Of a model of which a half is on the host what the other half gives has to be fetched.
+    """
+    found = _recorded(library, tmp_path / "run", name)
+    assert found["equal"]
+    assert found["warnings"] == []
+    waits = {where: n for where, n in found["waits"].items() if not where.startswith(ENDS)}
+    if name == "curvature":
+        waits = {where: n for where, n in waits.items() if "/probes/" not in where and "/curvature/" not in where}
+    if name != "half_on_the_host":
+        assert waits == {}
+    assert sum(found["waits"].values()) - sum(waits.values()) <= 6 or name == "curvature"
+
+
+def test_rows_are_whole_and_in_order(library: Path, tmp_path: Path) -> None:
+    """Oracle: closed form. Of more steps than a block has none is missing, and what the user logs is among them."""
+    found = _recorded(library, tmp_path / "run", "plain")
+    assert found["rows"] == list(range(STEPS))
+    run = monitor.open(tmp_path / "run")
+    logged, loss = run.frame("logged"), run.frame("loss")
+    np.testing.assert_array_equal(logged[logged["module"] == "val_loss"]["value"], loss["value"])
+
+
+def test_the_first_nan_is_found(library: Path, tmp_path: Path) -> None:
+    """Oracle: planted fault."""
+    found = _recorded(library, tmp_path / "run", "broken_input")
+    assert found["findings"][0] == ["nonfinite", "input[0]", 20]
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt", "experts"])
+def test_the_device_is_recorded_as_the_host(library: Path, tmp_path: Path, name: str) -> None:
+    """Oracle: invariance. The same training, with the same kernels, on the host: every column has the same values.
+
+    Those but for float32 that are given in other steps on a device, and the time.
+    """
+    _recorded(library, tmp_path / "device", name)
+    _recorded(library, tmp_path / "host", name, "on the host")
+    device, host = (monitor.open(tmp_path / where) for where in ("device", "host"))
+    compared = set()
+    for metric in set(device.metrics()) - {"step_time"}:
+        both = device.frame(metric).merge(host.frame(metric), on=["step", "module"])
+        for column in {name.removesuffix("_x") for name in both if name.endswith("_x")}:
+            x, y = both[f"{column}_x"].to_numpy(float), both[f"{column}_y"].to_numpy(float)
+            known = ~(np.isnan(x) | np.isnan(y))
+            if known.any():
+                compared.add(f"{metric}.{column}")
+                scale = float(np.abs(y[known]).max())
+                np.testing.assert_allclose(x[known], y[known], rtol=2e-3, atol=1e-5 * scale, err_msg=column)
+    assert {"grad_norm.norm", "logit_norm.mean", "update_ratio.ratio", "distance_from_start.distance"} <= compared
