@@ -18,6 +18,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 _C: Any = torch._C
 
 
+def captures(device: torch.device) -> Callable[[], bool] | None:
+    """What tells whether operations on ``device`` are being made into a graph, to be played again; None on a CPU."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    return getattr(module, "is_current_stream_capturing", None)
+
+
 def saved_tensor_hooks_active() -> bool:
     """True inside `save_on_cpu`, non-reentrant checkpointing and the like: reading a saved tensor would run a hook."""
     return _C._autograd._top_saved_tensors_default_hooks(False) is not None

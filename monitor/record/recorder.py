@@ -34,7 +34,7 @@ from monitor.record.flush import Taker
 from monitor.record.followed import FAST, Followed, children_called, find_bystanders
 from monitor.record.mode import StepMode, Watcher
 from monitor.record.part import is_parted
-from monitor.record.private import alone, compiled_any, quiet, transformed
+from monitor.record.private import alone, captures, compiled_any, quiet, transformed
 from monitor.record.probe import Probe
 from monitor.record.ring import Values
 from monitor.record.rows import OpenRow
@@ -95,6 +95,8 @@ class Recorder:
             self._only = frozenset(self.parameter(p) for p in whole.values() if is_parted(p))
         self.device = self.followed.device
         self.on_cpu = self.device.type == "cpu"
+        self._captures = captures(self.device)
+        self._captured = False
         self._open_row = OpenRow(self.device, flusher)
         self._hooks: list[Any] = []
         self._entries: dict[int, bool] = {}
@@ -266,11 +268,12 @@ class Recorder:
             if device != self.device:
                 self._open_row.move(device)
                 self.device, self.on_cpu = device, device.type == "cpu"
+                self._captures = captures(device)
 
     # ---- the step
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.active and os.getpid() == self._pid:
+        if self.active and os.getpid() == self._pid and not self._in_graph():
             self._guard(self._begin_step, optimizer, len(args) > 1 or bool(kwargs))
 
     def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
@@ -292,8 +295,17 @@ class Recorder:
                 self.mode.inside = False
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.active and os.getpid() == self._pid:
+        if self.active and os.getpid() == self._pid and not self._in_graph():
             self._guard(self._end_step, optimizer)
+
+    def _in_graph(self) -> bool:
+        """True while a CUDA graph is made: what runs then is played again and again, and must have nothing of ours."""
+        if self._captures is None or not self._captures():
+            return False
+        if not self._captured:
+            self._captured = True
+            self.flusher.warn(f"from step {self.step} on a CUDA graph is made: what is played again cannot be seen")
+        return True
 
     def _end_step(self, optimizer: Optimizer) -> None:
         if not self.followed.follows(optimizer, self.step):
@@ -412,7 +424,8 @@ class Recorder:
         return fast
 
     def _here(self) -> bool:
-        return self.active and not self.mode.inside and self._thread in (None, threading.get_ident())
+        here = self.active and not self.mode.inside and self._thread in (None, threading.get_ident())
+        return here and not self._in_graph()
 
     def _rearm(self) -> None:
         """After a step: off the stack until the next training forward, if there are forwards we see."""

@@ -42,12 +42,13 @@ thread_local c10::DeviceIndex current = 0;
 
 std::recursive_mutex guard;
 std::unordered_set<const void*> pinned;
-std::atomic<bool> float64 = true, says = false;
+std::atomic<bool> float64 = true, says = false, capturing = false;
 
 // True inside an operation, whose detour over the host is this file's affair and counts for nothing.
 thread_local bool inside = false;
 
 void wait(const std::string& why) {
+  TORCH_CHECK(!capturing, why, " is not permitted while a graph is made");
   if (says) {
     TORCH_WARN("the host waits for the device: ", why);
   }
@@ -329,6 +330,7 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blo
     return dst;
   }
   std::lock_guard<std::recursive_mutex> hold(guard);
+  TORCH_CHECK(!capturing || (!up && !down), "copies of the host's memory are not permitted while a graph is made");
   if (down && non_blocking && dst.is_pinned()) {
     under_way.push_back({++submitted, dst, as_host(self).clone()});
     return dst;
@@ -446,6 +448,8 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::St
 
 TORCH_LIBRARY(emulated, m) {
   m.def("say(bool yes) -> ()", [](bool yes) { says = yes; });
+  m.def("capture(bool yes) -> ()", [](bool yes) { capturing = yes; });
+  m.def("capturing() -> bool", [] { return capturing.load(); });
   m.def("use_float64(bool yes) -> ()", [](bool yes) { float64 = yes; });
 }
 

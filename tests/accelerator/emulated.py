@@ -58,6 +58,7 @@ def start(library: Path) -> torch.device:
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_is_in_bad_fork": lambda: False,
+        "is_current_stream_capturing": torch.ops.emulated.capturing,
         "device_count": lambda: 2,
         "current_device": lambda: 0,
         "manual_seed_all": lambda seed: None,

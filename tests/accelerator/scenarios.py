@@ -223,8 +223,33 @@ def curvature(attach: Attach) -> nn.Module:
     return model
 
 
+def graph(attach: Attach) -> nn.Module:
+    """Steps of which one is made into a graph; the number of its operations is part of the model."""
+    model = _mlp().to(DEVICE)
+    model.register_buffer("launched", torch.zeros((), dtype=torch.int64))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, opt)
+    x, y = _classes()
+
+    def update() -> None:
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+
+    for step in range(24):
+        if step == 12:
+            torch.ops.emulated.capture(True)
+            with emulated.Operations() as operations:
+                update()
+            torch.ops.emulated.capture(False)
+            model.launched += operations.found.total()
+        else:
+            update()
+    return model
+
+
 TRAININGS = (
-    plain, gpt, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
+    plain, graph, gpt, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
 )  # fmt: skip
 
 
