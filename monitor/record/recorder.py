@@ -45,6 +45,8 @@ from monitor.record.stack import Stack
 
 #: What is absent unless the other processes record too.
 SHARDED = "grad_norm", "the parameters are sharded: norms are those of this process alone"
+#: Wrappers that are called in a model's place, and then do not call it, or copies of it.
+_WRAPPERS = ("OptimizedModule", "DataParallel")
 
 
 class Recorder:
@@ -335,6 +337,8 @@ class Recorder:
     # ---- when the mode is on the stack
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "_is_replica" in vars(module):  # of `nn.DataParallel`: a part of a call already seen, in another thread
+            return
         if not torch.compiler.is_compiling() and self._here() and not transformed():
             self._guard(self._begin_forward, module, args, kwargs)
 
@@ -365,6 +369,8 @@ class Recorder:
         self._before_forward(module, args, {})
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if "_is_replica" in vars(module):
+            return
         if not torch.compiler.is_compiling() and self._here() and self._depth > 0 and not transformed():
             self._guard(self._end_forward, module, args, kwargs, output)
 
@@ -437,8 +443,8 @@ class Recorder:
         self._depth = 0
 
     def _look_for_entries(self) -> None:
-        """No root module was called in this step: the user calls a compiled wrapper or the children themselves."""
-        wrappers = [m for m in gc.get_objects() if type(m).__name__ == "OptimizedModule" and unwrap(m) in self.roots]
+        """No root module was called in this step: the user calls a wrapper or the children themselves."""
+        wrappers = [m for m in gc.get_objects() if type(m).__name__ in _WRAPPERS and unwrap(m) in self.roots]
         for m in wrappers:
             self._enter_at(m, self.prefix(unwrap(m)))
         if wrappers or any(compiled_regions(r) for r in self.roots):

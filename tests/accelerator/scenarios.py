@@ -143,6 +143,63 @@ def convolutions(attach: Attach) -> nn.Module:
     return model
 
 
+def scaler(attach: Attach) -> nn.Module:
+    """A scaled loss, gradients unscaled before they are clipped, and one update left out."""
+    model = _mlp().to(DEVICE)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, opt)
+    x, y = _classes()
+    scaler = torch.amp.GradScaler(emulated.NAME, init_scale=256.0)
+    for step in range(30):
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y) * (float("inf") if step == 12 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(opt)
+        scaler.update()
+    return model
+
+
+def _data_parallel(attach: Attach, wrapper: bool) -> nn.Module:
+    # what torch has for CUDA alone
+    parallel = torch.nn.parallel
+    parallel.replicate.__globals__["_broadcast_coalesced_reshape"] = lambda tensors, devices, detach=False: [
+        [t.to(f"{emulated.NAME}:{d}") for t in tensors] for d in devices
+    ]
+    parallel.scatter_gather.Scatter = type("Scatter", (), {"apply": staticmethod(_scatter)})
+    parallel.scatter_gather.Gather = type("Gather", (), {"apply": staticmethod(_gather)})
+    inside = nn.Sequential(nn.Linear(12, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 5)).to(DEVICE)
+    model = nn.DataParallel(inside, device_ids=[0, 1])
+    opt = torch.optim.Adam(inside.parameters(), lr=1e-3)
+    attach(model if wrapper else inside, opt)
+    x, y = _classes()
+    for _ in range(40):
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return inside
+
+
+def _scatter(devices: list[int], sizes: object, dim: int, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.to(f"{emulated.NAME}:{d}") for d, part in zip(devices, x.chunk(len(devices), dim), strict=True))
+
+
+def _gather(device: int, dim: int, *parts: Tensor) -> Tensor:
+    return torch.cat([part.to(f"{emulated.NAME}:{device}") for part in parts], dim)
+
+
+def replicas(attach: Attach) -> nn.Module:
+    """`nn.DataParallel`: copies of the model made anew in every step, each called in a thread of its own."""
+    return _data_parallel(attach, wrapper=True)
+
+
+def replicas_of_the_model(attach: Attach) -> nn.Module:
+    """The same, recorded by the model inside."""
+    return _data_parallel(attach, wrapper=False)
+
+
 class _Split(nn.Module):
     def __init__(self, first: str, second: str) -> None:
         super().__init__()
@@ -249,7 +306,7 @@ def graph(attach: Attach) -> nn.Module:
 
 
 TRAININGS = (
-    plain, graph, gpt, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
+    plain, graph, scaler, replicas, replicas_of_the_model, gpt, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
 )  # fmt: skip
 
 
