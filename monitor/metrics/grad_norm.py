@@ -5,8 +5,8 @@
 per parameter, after unscaling and clipping, before the update. The norm is right down to elements of 1e-38, where a
 plain float32 norm is already 0. On a CPU the largest element of a parameter of more than 8,192 is taken at every
 fourth step and at every tenth, and in any step in which its norm is not finite; else it is absent. On an accelerator
-non-finite elements are not counted: 1 says that there are some. Without float64, as on Apple's, a norm below 1e-15
-has lost bits.
+it is taken at every eighth step, and non-finite elements are not counted: 1 says that there are some. Without float64,
+as on Apple's, a norm below 1e-15 has lost bits.
 
 Healthy: within one or two orders of magnitude over the layers, drifting slowly; noise of tens of per cent between
 batches.
@@ -58,7 +58,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition",
-    cost="shared by all metrics of gradients: one read of every gradient, on an accelerator two",
+    cost="shared by all metrics of gradients: one read of every gradient",
     plot=Plot("norm", log=True, kind="heatmap"),
     oracle=oracle,
     reads="gradient",

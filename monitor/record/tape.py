@@ -91,9 +91,9 @@ class Tape:
         self.random = random
         self.loss: float | None = None
         self.severed = False
-        self.autocast = {
-            kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-        }
+        kinds = {"cpu", *(p.device.type for m in models for p in m.parameters())}
+        kinds = {kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)}
+        self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
         self._calls: list[_Call] = []
         self._cut = False  # in what is being traced
         self._where: dict[int, _Made] = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import monitor
+from monitor.record.recorder import Recorder
 from tests.accelerator import emulated
 
 #: Called with the model and its optimizer before the first step; gives the handle, or None in the control.
 Attach = Callable[..., "monitor.Handle | None"]
 DEVICE, SECOND = f"{emulated.NAME}:0", f"{emulated.NAME}:1"
 STEPS = 130
+#: Operations counted by a training.
+LAUNCHED: list[Counter[str]] = []
 
 
 def _classes(rows: int = 64, features: int = 12) -> tuple[Tensor, Tensor]:
@@ -79,19 +84,46 @@ class _GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def gpt(attach: Attach) -> nn.Module:
-    """A transformer."""
-    model = _GPT().to(DEVICE)
+def gpt(attach: Attach, layers: int = 4) -> nn.Module:
+    """A transformer, whose operations from the 20th step to the 60th are counted, and those of the recorder."""
+    model = _GPT(layers=layers).to(DEVICE)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     data = torch.randint(0, 64, (8, 17)).to(DEVICE)
     attach(model, opt)
-    for _ in range(41):
-        loss = F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
-        opt.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
+    operations = emulated.Operations()
+    recorders = emulated.Operations()
+    for step in range(60):
+        with operations if step >= 20 else nullcontext(), _inside(recorders if step >= 20 else nullcontext()):
+            loss = F.cross_entropy(model(data[:, :-1]).flatten(0, 1), data[:, 1:].flatten())
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+    LAUNCHED[:] = operations.found, recorders.found
     return model
+
+
+@contextmanager
+def _inside(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """What the recorder does is in ``context``; the modes of others do not meet it."""
+    tell, close = Recorder._tell, Recorder._close_row
+
+    def told(self: Recorder, *args: Any) -> None:
+        with context:
+            tell(self, *args)
+
+    def closed(self: Recorder) -> None:
+        with context:
+            close(self)
+
+    Recorder._tell, Recorder._close_row = told, closed
+    yield
+    Recorder._tell, Recorder._close_row = tell, close
+
+
+def deep_gpt(attach: Attach) -> nn.Module:
+    """The same with twelve layers."""
+    return gpt(attach, 12)
 
 
 def experts(attach: Attach) -> nn.Module:
@@ -281,9 +313,8 @@ def curvature(attach: Attach) -> nn.Module:
 
 
 def graph(attach: Attach) -> nn.Module:
-    """Steps of which one is made into a graph; the number of its operations is part of the model."""
+    """Steps of which one is made into a graph, whose operations are counted."""
     model = _mlp().to(DEVICE)
-    model.register_buffer("launched", torch.zeros((), dtype=torch.int64))
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     attach(model, opt)
     x, y = _classes()
@@ -299,14 +330,15 @@ def graph(attach: Attach) -> nn.Module:
             with emulated.Operations() as operations:
                 update()
             torch.ops.emulated.capture(False)
-            model.launched += operations.found.total()
+            LAUNCHED.append(operations.found)
         else:
             update()
     return model
 
 
 TRAININGS = (
-    plain, graph, scaler, replicas, replicas_of_the_model, gpt, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
+    plain, gpt, deep_gpt, graph,
+    scaler, replicas, replicas_of_the_model, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
 )  # fmt: skip
 
 
@@ -343,6 +375,7 @@ def main(library: str, folder: str, name: str, *options: str) -> dict[str, Any]:
     return {
         "equal": control == recorded,
         "waits": waits.found,
+        "launched": LAUNCHED,
         "warnings": run.info["warnings"],
         "metrics": sorted(run.metrics()),
         "rows": [int(s) for s in run.frame("loss")["step"]],

@@ -12,25 +12,26 @@ from torch.nn import functional as F
 from monitor.record.passes.gradient import LOST, SMALL, THETA, History, taking_turns
 from monitor.record.passes.side_by_side import SideBySide, norms
 
-#: Steps between two looks for spikes. One costs some forty operations, as many as a layer of a transformer forward.
+#: Steps between two looks at the elements. One costs some forty operations, as many as a layer of a transformer.
 EVERY = 8
 
 
-def gradient_norms(grads: Sequence[Tensor]) -> Tensor:
-    """The first three of the statistics `STATS` of each gradient, but not how many elements are not finite.
+def gradient_norms(grads: Sequence[Tensor], extremes: bool) -> Tensor:
+    """The first of the statistics `STATS` of each gradient, and the second if ``extremes`` are to be taken.
 
     Args:
         grads: dense floating tensors of one device and dtype, none of them empty; read only.
+        extremes: take the largest elements too.
 
     Returns:
-        ``(tensor, 3)``: norm, largest absolute value, 1 if an element is not finite and 0 if all are. The norm is right
-        down to elements of 1e-38 where the device has float64, else to 1e-15.
+        ``(tensor, 1)`` or ``(tensor, 2)``. The norm is right down to elements of 1e-38 where the device has float64,
+        else down to 1e-15.
 
-    Cost: two reads of every gradient; seven operations, no host sync.
+    Cost: one read of every gradient, or two; two operations, or five; no host sync.
     Source: definition.
     """
-    both = torch.stack((norms(grads, 2), norms(grads, math.inf)))
-    return torch.cat((both, both[1:] * 0 != 0)).T
+    norm = norms(grads, 2)
+    return torch.stack((norm, norms(grads, math.inf)), dim=1) if extremes else norm.unsqueeze(1)
 
 
 class SpikeReader:

@@ -111,12 +111,15 @@ class GradientSite(Site):
             self.rec.emit_many("gradient", STATS, part.names, values)
 
     def _on_device(self, optimizer: Optimizer, part: _Part, grads: list[Tensor], scale: Tensor | None) -> None:
-        """Norms in every step; spikes, which take more operations than that, in some."""
-        values = gradient_norms(grads)
+        """Norms in every step; elements, which take more operations than that, in some."""
+        close = self.due(gradient_device.EVERY, first=0)
+        values = gradient_norms(grads, close)
         if isinstance(scale, Tensor):
-            values[:, :2].div_(scale)
-        self.rec.emit_many("gradient", STATS, part.names, values, slice(0, 3))
-        if not self.due(gradient_device.EVERY, first=0):
+            values.div_(scale)
+        self.rec.emit_many("gradient", STATS, part.names, values, slice(0, values.shape[1]))
+        # not counted: that would take five operations for each of them
+        self.rec.emit_many("gradient", STATS, part.names, values[:, :1] * 0 != 0, slice(2, 3))
+        if not close:
             return
         history = self._history(optimizer, part, grads)
         if history is not None and isinstance(part.reader, SpikeReader):  # which it may have made anew
