@@ -105,7 +105,7 @@ def _watched(run: Run, everything: bool) -> View:
             while view.run.is_live:
                 live.update(render.watched(view, everything), refresh=True)
                 time.sleep(REFRESH_S)
-                view = look(open_run(run.path), everything)
+                view = look(open_run(run.path, view.run), everything)
     except KeyboardInterrupt:
         pass  # the usual way to leave
     return view

@@ -28,7 +28,7 @@ def main() -> None:
 def _script(page: Page) -> Callable[[], None]:
     def run() -> None:
         # the interval belongs to the fragment's definition, so whoever changes it runs the script again
-        ticking = st.session_state.get(_TICKING, True)
+        ticking = st.session_state.get(_TICKING, False)
         st.fragment(_body, run_every=TICK if ticking else None)(page, ticking)
 
     return run
@@ -36,16 +36,21 @@ def _script(page: Page) -> Callable[[], None]:
 
 def _body(page: Page, ticking: bool) -> None:
     try:
-        wanted = _draw(page)
+        wanted = _draw(page, ticking)
     except (MonitorError, OSError) as e:
         st.html(markup.problem(str(e), run=not isinstance(e, RunFormatError | OSError)))
         wanted = True  # it may become readable: a run that is only starting does
     if wanted != ticking:
-        st.session_state[_TICKING] = wanted
-        st.rerun()
+        _tick(wanted)
 
 
-def _draw(page: Page) -> bool:
+def _tick(wanted: bool) -> None:
+    """Begin anew, looking again by itself or not."""
+    st.session_state[_TICKING] = wanted
+    st.rerun()
+
+
+def _draw(page: Page, ticking: bool) -> bool:
     """Header and page; whether to look again by itself."""
     runs = data.list_runs(data.runs_root())
     picker, state, switch = st.columns([0.24, 0.6, 0.16], vertical_alignment="center")
@@ -55,6 +60,8 @@ def _draw(page: Page) -> bool:
         )  # fmt: skip
     view = data.view(runs[name])
     state.html(markup.head(view.run))
+    if view.run.is_live and not ticking and st.session_state.get(Key.LIVE, True):
+        _tick(True)  # before anything large is drawn, which would all be sent twice
     others_live = page.render(view)
     if not (view.run.is_live or others_live):
         return False

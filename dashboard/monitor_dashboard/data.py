@@ -29,7 +29,7 @@ from monitor.store.find import find_runs
 from monitor.store.run import Run, open_run
 from monitor.store.summary import SeriesSummary
 from monitor_dashboard import sampling
-from monitor_dashboard.sampling import Floats, Grid, Line
+from monitor_dashboard.sampling import Floats, Fold, Grid, Line
 
 #: Where the command line says which run, or which folder of runs, to show.
 RUNS_VARIABLE = "MONITOR_RUNS"
@@ -43,8 +43,14 @@ _CHUNK = 4_000_000
 #: A series whose values span this factor opens on a log scale.
 _WIDE = 100.0
 
-#: Reduced maps held for the views of a run to come.
-_KEPT = 16
+#: Reduced maps, and lines, held for the views of a run to come.
+_KEPT, _FOLDED = 16, 256
+
+#: Steps by which the distance of two recorded ones is judged, and how many of those it takes.
+_LATEST, _FEW = 1000, 8
+
+#: What is told of a whole run in words, and is read anew only when there is a tenth more of it.
+_SLOW = ("remarks", "phases", "transition", "log_distance")
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -85,6 +91,7 @@ def stamp(path: Path) -> Stamp:
 
 
 _Key = tuple[str, tuple[str, ...], int, int, int]
+_Series = tuple[str, str, int, bool, int]
 
 
 class _Cells(NamedTuple):
@@ -105,6 +112,9 @@ class View:
         self.run = run
         self._lock = RLock()  # a run may read its folder anew while it answers, and sessions are threads
         self._cells: dict[_Key, _Cells] = before._cells if before else {}
+        self._folds: dict[_Series, tuple[int, Fold]] = before._folds if before else {}
+        if before is not None and run.is_live and before.run.is_live and mark(before) == mark(self):
+            self.__dict__ |= {name: before.__dict__[name] for name in _SLOW if name in before.__dict__}
         self.line = lru_cache(maxsize=256)(self._line)
         self.grid = lru_cache(maxsize=16)(self._grid)
         self.noise = lru_cache(maxsize=16)(self._noise)
@@ -194,10 +204,25 @@ class View:
         return next(((s.last_step, s.last) for s in found if not s.module), None)
 
     def _line(self, ref: str, module: str, first: int, last: int, log: bool) -> Line:
+        key = ref, module, first, log, self.run.attempts
+        settled = min(last, self.run.settled_step)
+        upto, known = self._folds.get(key, (first - 1, None))
+        if upto > settled:  # of a later step than is asked for now
+            upto, known = first - 1, None
         with self._lock:
-            block = self.run.block(ref, [module], first, last)
+            block = self.run.block(ref, [module], upto + 1, last)
         has = block.has(ref)[:, 0]
-        return sampling.line(block.steps[has], block[ref][has, 0], log=log)
+        steps, values = block.steps[has], block[ref][has, 0]
+        old = steps <= settled
+        done, rest = (Fold.of(steps[some], values[some], log=log) for some in (old, ~old))
+        if known is not None:
+            done = known.then(done)
+        if upto <= settled:
+            self._folds.pop(key, None)
+            while len(self._folds) >= _FOLDED:
+                self._folds.pop(next(iter(self._folds)), None)
+            self._folds[key] = settled, done
+        return done.then(rest).line()
 
     def _noise(self, ref: str, module: str, first: int, last: int, log: bool) -> tuple[Line, Line] | None:
         with self._lock:
@@ -209,16 +234,25 @@ class View:
 
     def _grid(self, ref: str, first: int, last: int, only: tuple[str, ...] = ()) -> Grid:
         modules = only or self.modules(ref)
-        with self._lock:
-            steps = self.run.block(ref, modules[:1], first, last).steps
-        interval = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
+        interval = self._interval(ref, modules[:1], first, last)
         rows = min(len(modules), sampling.MAX_ROWS)
         width, number = sampling.columns(first, last, rows, interval)
-        values, state = self._reduced(ref, modules, first, width, number, max(1, _CHUNK // max(len(steps), 1)))
+        together = max(1, _CHUNK * interval // (last - first + 1))
+        values, state = self._reduced(ref, modules, first, width, number, together)
         shown = sampling.worst_rows(values, state, rows)
         starts = first + width * np.arange(number, dtype=np.int64)
         names = tuple(modules[i] for i in shown)
         return Grid(names, starts, width, values[shown], state[shown], len(modules) - len(shown))
+
+    def _interval(self, ref: str, modules: tuple[str, ...], first: int, last: int) -> int:
+        """The usual distance of two recorded steps, by the latest of them."""
+        back = _LATEST
+        while True:
+            with self._lock:
+                steps = self.run.block(ref, modules, max(first, last - back), last).steps
+            if len(steps) > _FEW or back > last - first:
+                return int(np.median(np.diff(steps))) if len(steps) > 1 else 1
+            back *= 16
 
     def _reduced(
         self, ref: str, modules: tuple[str, ...], first: int, width: int, number: int, together: int
@@ -272,7 +306,8 @@ def _latest(path: str) -> list[View]:
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _view(path: str, stamp: Stamp) -> View:
     place = _latest(path)
-    found = View(open_run(path), place[0] if place else None)
+    before = place[0] if place else None
+    found = View(open_run(path, before.run if before else None), before)
     place[:] = [found]
     return found
 

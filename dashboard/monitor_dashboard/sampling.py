@@ -7,7 +7,8 @@ marked rather than hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -54,33 +55,98 @@ class Line:
 
 
 def line(steps: Ints, values: Floats, *, log: bool = False, points: int = MAX_POINTS) -> Line:
-    """A series reduced to at most ``points`` points per trace.
+    """A series reduced to at most ``points`` points per trace, as `Fold.of` has it."""
+    return Fold.of(steps, values, log=log, points=points).line()
 
-    Args:
-        steps: ``(point,)`` increasing.
-        values: ``(point,)`` as recorded.
-        log: the scale is logarithmic, so values not above 0 are oddities.
+
+@dataclass(frozen=True)
+class Fold:
+    """A series in buckets of steps, to which later steps can be added without reading the earlier ones again.
+
+    In whatever pieces it arrives, the buckets are the same: their width is the least power of two for which there are
+    few enough of them, and they begin at its multiples.
+
+    Attributes:
         points: limit for one trace. The band of a reduced line runs along its top and back along its bottom, so there
             are half as many buckets.
+        width: steps of a bucket; 1 for as long as nothing need be reduced.
+        first, last, number, low, high, total: ``(bucket,)`` its first and last step; of the values that have a place on
+            the scale the number, extremes and sum.
+        odd_steps, odd: ``(mark,)`` the first oddity of each bucket, as `Line` has them.
+        odd_count, count, final: as in `Line`.
     """
-    drawn = np.isfinite(values)
-    if log:
-        drawn &= values > 0
-    last = float(values[-1]) if len(values) else float("nan")
-    reduced = len(steps) > points
-    if reduced:
-        starts, middle = _buckets(steps, points // 2)
-        low, mean, high = _extremes(values, drawn, starts)
-    else:
-        starts, middle = np.arange(len(steps)), steps.astype(np.float64)
-        low = mean = high = np.where(drawn, values, np.nan)
-    marked = np.flatnonzero(~drawn)
-    if len(marked):
-        bucket = np.searchsorted(starts, marked, side="right")
-        marked = marked[np.unique(bucket, return_index=True)[1]]
-    kinds: tuple[Oddity, ...] = tuple(_kind(float(v)) for v in values[marked])
-    odd_count = int((~drawn).sum())
-    return Line(middle, low, mean, high, steps[marked], kinds, odd_count, len(steps), reduced, last)
+
+    points: int
+    width: int
+    first: Ints
+    last: Ints
+    number: Ints
+    low: Floats
+    high: Floats
+    total: Floats
+    odd_steps: Ints
+    odd: Floats
+    odd_count: int
+    count: int
+    final: float
+
+    @staticmethod
+    def of(steps: Ints, values: Floats, *, log: bool = False, points: int = MAX_POINTS) -> Fold:
+        """A series by itself.
+
+        Args:
+            steps: ``(point,)`` increasing.
+            values: ``(point,)`` as recorded.
+            log: the scale is logarithmic, so values not above 0 are oddities.
+            points: limit for one trace.
+        """
+        drawn = np.isfinite(values)
+        if log:
+            drawn &= values > 0
+        low, high, total = (np.where(drawn, values, absent) for absent in (np.inf, -np.inf, 0.0))
+        odd_count, final = int((~drawn).sum()), float(values[-1]) if len(values) else float("nan")
+        number, odd = drawn.astype(np.int64), values[~drawn]
+        return Fold(
+            points, 1, steps, steps, number, low, high, total, steps[~drawn], odd, odd_count, len(steps), final
+        )._fitted()  # fmt: skip
+
+    def then(self, later: Fold) -> Fold:
+        """This series and later steps of it."""
+        both = {f.name: np.concatenate([getattr(x, f.name) for x in (self, later)])
+                for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}  # fmt: skip
+        return replace(
+            self, **both, width=max(self.width, later.width), odd_count=self.odd_count + later.odd_count,
+            count=self.count + later.count, final=later.final if later.count else self.final,
+        )._fitted()  # fmt: skip
+
+    def line(self) -> Line:
+        """Ready to draw."""
+        empty = self.number == 0
+        with np.errstate(invalid="ignore", over="ignore"):
+            # a sum of huge values overflows where their mean does not
+            mean = np.clip(self.total / np.maximum(self.number, 1), self.low, self.high)
+        low, mean, high = (np.where(empty, np.nan, v) for v in (self.low, mean, self.high))
+        kinds: tuple[Oddity, ...] = tuple(_kind(float(v)) for v in self.odd)
+        middle = (self.first + self.last) / 2
+        return Line(
+            middle, low, mean, high, self.odd_steps, kinds, self.odd_count, self.count, self.width > 1, self.final
+        )  # fmt: skip
+
+    def _fitted(self) -> Fold:
+        if self.width == 1 and len(self.first) <= self.points:
+            return self
+        most, width = max(self.points // 2, 1), self.width
+        while len(starts := np.flatnonzero(np.diff(self.first // width, prepend=-1))) > most:
+            # of n steps there are at least n / width buckets, so that narrower ones need not be tried
+            width *= 2 ** max(1, math.ceil(math.log2(len(starts) / most)))
+        marks = np.unique(self.odd_steps // width, return_index=True)[1]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return replace(
+                self, width=width, first=self.first[starts], last=np.maximum.reduceat(self.last, starts),
+                number=np.add.reduceat(self.number, starts), low=np.minimum.reduceat(self.low, starts),
+                high=np.maximum.reduceat(self.high, starts), total=np.add.reduceat(self.total, starts),
+                odd_steps=self.odd_steps[marks], odd=self.odd[marks],
+            )  # fmt: skip
 
 
 def _kind(value: float) -> Oddity:
@@ -89,26 +155,6 @@ def _kind(value: float) -> Oddity:
     if np.isinf(value):
         return "+inf" if value > 0 else "-inf"
     return "≤ 0"
-
-
-def _buckets(steps: Ints, number: int) -> tuple[Ints, Floats]:
-    """Index of the first point of each non-empty bucket of equal width, and the middle step of its points."""
-    first, last = int(steps[0]), int(steps[-1])
-    bucket = (steps - first) * number // (last - first + 1)
-    starts = np.flatnonzero(np.diff(bucket, prepend=-1))
-    ends = np.append(starts[1:], len(steps)) - 1
-    return starts, (steps[starts] + steps[ends]) / 2
-
-
-def _extremes(values: Floats, drawn: Mask, starts: Ints) -> tuple[Floats, Floats, Floats]:
-    number = np.add.reduceat(drawn.astype(np.int64), starts)
-    low = np.minimum.reduceat(np.where(drawn, values, np.inf), starts)
-    high = np.maximum.reduceat(np.where(drawn, values, -np.inf), starts)
-    with np.errstate(invalid="ignore", over="ignore"):
-        mean = np.add.reduceat(np.where(drawn, values, 0.0), starts) / np.maximum(number, 1)
-    empty = number == 0
-    mean = np.clip(mean, low, high)  # a sum of huge values overflows where their mean does not
-    return np.where(empty, np.nan, low), np.where(empty, np.nan, mean), np.where(empty, np.nan, high)
 
 
 #: What a cell of a map holds.
@@ -140,10 +186,13 @@ def columns(first: int, last: int, rows: int, interval: int = 1) -> tuple[int, i
     """Width in steps and number of the buckets of a map of ``rows`` rows over ``first`` … ``last``.
 
     A bucket is never narrower than ``interval``, the usual distance of two recorded steps: the map would be striped.
+    Its width is a round number in the binary sense: that of a growing run changes with each quarter that is added.
     """
     room = max(1, min(MAX_COLUMNS, MAX_CELLS // max(rows, 1)))
     span = last - first + 1
-    width = max(-(-span // room), interval, 1)
+    width = -(-span // room)
+    unit = 1 << max(0, width.bit_length() - 3)
+    width = max(-(-width // unit) * unit, interval, 1)
     return width, -(-span // width)
 
 

@@ -30,15 +30,29 @@ def report(run: Run, recompute: bool = False) -> Verdict:
         recompute: fold again whatever is stored.
     """
     rules = load_rules()
-    engine = None if recompute else _stored(run, rules)
+    engine = _after(run, rules, max(run.attempts, 1), None if recompute else _stored(run, rules))
+    return verdict(engine.findings(), engine.unjudged(), run.steps, engine.inapplicable())
+
+
+def judged(run: Run, rules: Mapping[str, Rule], attempts: int) -> dict[str, Any] | None:
+    """The state of an engine that has seen the first ``attempts`` of a run; None if those were not judged by ``rules``.
+
+    For a recording that goes on: findings of earlier attempts are kept, and nobody has to fold the whole run again.
+    """
+    engine = _stored(run, rules)
+    return None if engine is None else _after(run, rules, attempts, engine).state()
+
+
+def _after(run: Run, rules: Mapping[str, Rule], attempts: int, engine: Engine | None) -> Engine:
+    """An engine that has seen the first ``attempts``; ``engine`` has seen some of them."""
     first = 0 if engine is None else engine.attempt
-    for attempt in range(first, max(run.attempts, 1)):
+    for attempt in range(first, attempts):
         if engine is None or engine.attempt != attempt:
             engine = Engine(rules, run.facts, attempt, None if engine is None else engine.state())
         for blocks in _blocks(run, rules, attempt, engine.last_step):
             engine.feed(blocks)
     assert engine is not None
-    return verdict(engine.findings(), engine.unjudged(), run.steps, engine.inapplicable())
+    return engine
 
 
 def _stored(run: Run, rules: Mapping[str, Rule]) -> Engine | None:
@@ -64,8 +78,7 @@ def _blocks(run: Run, rules: Mapping[str, Rule], attempt: int, after: int | None
     """What the rules need of one attempt, recorded after a step, in pieces that fit the memory."""
     recorded = {f"{metric}.{column}" for metric, columns in run.metrics().items() for column in columns}
     refs = sorted({n for r in rules.values() for n in r.needs} & recorded)
-    latest = attempt == run.attempts - 1
-    last = run.last_step if latest else max((s.last_step for s in run.summary()), default=None)
+    last = run.last_step_of(attempt)
     if not refs or last is None or run.first_step is None:
         return
     rows = max(_VALUES // sum(len(run.modules(r)) for r in refs), 1000)

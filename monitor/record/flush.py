@@ -18,20 +18,22 @@ from typing import Any, Protocol
 from monitor.block import ColumnBlock, Layout, RawBlock, evaluate
 from monitor.diagnosis.engine import Engine, rules_hash
 from monitor.diagnosis.finding import Finding
-from monitor.diagnosis.report import describe
+from monitor.diagnosis.report import describe, judged
 from monitor.diagnosis.text import plain
 from monitor.errors import MetricError
 from monitor.metric import Metric, load_metrics
 from monitor.rule import load_rules
 from monitor.store.parts import Vectors
+from monitor.store.run import open_run
 from monitor.store.writer import RunWriter
 
 #: Blocks that may wait for the thread. A block is some 200 kB; eight are more than a minute of a large model.
 WAITING = 8
 #: Seconds the end of a run waits for the thread.
 PATIENCE = 30.0
-#: Seconds between two writes of findings and overhead.
-FINDINGS_EVERY = 5.0
+#: Seconds between two writes of findings and overhead, and how often the CPU time of a write goes into them at least:
+#: of very many tensors a write is some ten megabytes.
+FINDINGS_EVERY, FINDINGS_SHARE = 5.0, 200
 
 
 class Taker(Protocol):
@@ -78,7 +80,7 @@ class Flusher:
         self._lock = threading.Lock()
         self._warnings: list[str] = []
         self._said: set[tuple[str, str]] = set()
-        self._saved = time.monotonic()
+        self._saved, self._saving = time.monotonic(), 0.0
         self.dropped_rows = 0
         self.cpu = 0.0
         self.overhead: Callable[[], Mapping[str, Any]] = dict
@@ -178,13 +180,15 @@ class Flusher:
             block = self.writer.others.join(block)
         columns = evaluate(block, self.metrics.values(), self._failed)
         if self._engine is None:
-            self._engine = Engine(self._rules, self._facts, attempt=self.writer.attempt)
+            attempt = self.writer.attempt
+            before = judged(open_run(self.path), self._rules, attempt) if attempt else None
+            self._engine = Engine(self._rules, self._facts, attempt, before)
         self.writer.append(columns)
         self._describe(columns)
         self._engine.feed(columns)
         self._announce(self._engine.findings())
         self.writer.flush()
-        if time.monotonic() - self._saved > FINDINGS_EVERY:
+        if time.monotonic() - self._saved > max(FINDINGS_EVERY, FINDINGS_SHARE * self._saving):
             self._save()
 
     def _describe(self, columns: Sequence[ColumnBlock]) -> None:
@@ -207,6 +211,7 @@ class Flusher:
         self.writer.update(warnings=list(self._warnings))
 
     def _save(self) -> None:
+        begin = time.thread_time()
         if self._engine is not None:
             self.writer.findings(self._engine.findings(), self._engine.state(), self._hash)
         self.writer.update(
@@ -215,7 +220,7 @@ class Flusher:
             drops={"rows": self.dropped_rows} if self.dropped_rows else {},
             warnings=list(self._warnings),
         )
-        self._saved = time.monotonic()
+        self._saved, self._saving = time.monotonic(), time.thread_time() - begin
 
     def _announce(self, findings: list[Finding]) -> None:
         """One line the first time a rule finds something that is more than information."""

@@ -19,6 +19,8 @@ from monitor.block import ABSENT_BITS, Layout, RawBlock, Rows, Segment
 
 #: Rows of one device-to-host copy on an accelerator: bounds what a kill can lose to twice this many steps.
 COPY_EVERY = 8
+#: Values of a block, 16 MiB: of very many tensors a block has fewer rows.
+BLOCK_VALUES = 1 << 22
 #: Tuples of modules whose places are remembered.
 _REMEMBERED = 64
 #: `ABSENT_BITS` as the signed integer that torch can write.
@@ -102,11 +104,11 @@ class Ring:
 
     Args:
         device: where the training runs.
-        capacity: rows handed on together.
+        capacity: rows handed on together, at most.
     """
 
     def __init__(self, device: torch.device, capacity: int) -> None:
-        self.capacity = capacity
+        self._most = capacity
         self.layout = Layout(0, ())
         self._where: dict[str, Segment] = {}
         self._index: dict[str, dict[str, int]] = {}
@@ -119,6 +121,7 @@ class Ring:
     def _begin(self, device: torch.device) -> None:
         """Begin a block; the open row is as it was."""
         self._device = device
+        self.capacity = max(COPY_EVERY, min(self._most, BLOCK_VALUES // max(1, self.layout.size)))
         self._block = block = Block(device, self.capacity, self.layout)
         self.steps = block.steps
         self._host = block.host

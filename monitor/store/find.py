@@ -30,7 +30,7 @@ def find_runs(path: str | os.PathLike[str]) -> list[Path]:
                 with os.scandir(folder) as entries:
                     below += [folder / e.name for e in entries if e.is_dir(follow_symlinks=False) and e.name[:1] != "."]
         level = below
-    return sorted(sorted(found), key=_begun, reverse=True)
+    return sorted(sorted(found), key=_begun, reverse=True) if len(found) > 1 else found
 
 
 def _begun(folder: Path) -> tuple[str, float]:

@@ -158,7 +158,8 @@ def _fault(value: Any, shape: Any, where: str) -> str | None:
         keys = ((k.removesuffix("?"), s) for k, s in shape.items())
         inner = ((value[k], s, f"{where}.{k}") for k, s in keys if k in value)
     elif isinstance(shape, list):
-        inner = ((v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
+        if not isinstance(shape[0], tuple) or not _regular(value, shape[0]):
+            inner = ((v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))
     elif isinstance(shape, tuple):
         if len(value) != len(shape):
             return f"{where} has {len(value)} elements, expected {len(shape)}"
@@ -167,6 +168,13 @@ def _fault(value: Any, shape: Any, where: str) -> str | None:
         if fault := _fault(v, s, w):
             return fault
     return None
+
+
+def _regular(rows: list[Any], shape: tuple[type, ...]) -> bool:
+    """Whether all ``rows`` have this shape, asked at once: of very many tensors there are 100,000 series."""
+    return all(type(r) is list and len(r) == len(shape) for r in rows) and all(
+        set(map(type, column)) == {kind} for column, kind in zip(zip(*rows, strict=True), shape, strict=False)
+    )
 
 
 def read_info(folder: Path) -> dict[str, Any]:

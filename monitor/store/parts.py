@@ -42,6 +42,8 @@ PART = pa.schema(
     ]
 )
 
+_ENCODINGS = {"step": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"}
+
 #: What a damaged or foreign file makes us raise. A missing file is an OSError too: ask for that first.
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError)
 
@@ -149,13 +151,15 @@ def write_part(path: Path, chunks: Iterable[Points], steps: int, sync: bool = Fa
             yield table_of(p)
 
     with replacing(path, sync) as temp:
-        write_table(temp, tables(), PART, lambda: {_SEAL: _sealed({"steps": steps, "groups": groups})})
+        seal = {"steps": steps, "groups": groups}  # complete once the last group is written
+        write_table(temp, tables(), PART, _ENCODINGS, lambda: {_SEAL: _sealed(seal)})
 
 
 def write_table(
     path: Path,
     tables: Iterable[pa.Table],
     schema: pa.Schema,
+    encodings: Mapping[str, str] | None = None,
     footer: Callable[[], dict[bytes, bytes]] | None = None,
 ) -> None:
     """Write ``tables``, a row group each, as this library encodes all its Parquet.
@@ -164,6 +168,7 @@ def write_table(
         path: where; not renamed.
         tables: of ``schema``.
         schema: columns, and what else the file should know.
+        encodings: of columns that are not to have the usual one.
         footer: asked after the last table for more that the file should know.
 
     Raises:
@@ -171,7 +176,6 @@ def write_table(
     """
     # pyarrow's annotations know only the yes or no of this argument
     dictionary: Any = [f.name for f in schema if f.name == "series" or pa.types.is_string(f.type)]
-    encodings = {"step": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"} if schema.equals(PART) else None
     # through a file of Python's own, whose errors keep their errno
     with (
         path.open("wb") as file,
@@ -180,7 +184,7 @@ def write_table(
             schema,
             compression="zstd",
             use_dictionary=dictionary,
-            column_encoding=encodings,
+            column_encoding=encodings and dict(encodings),
             write_statistics=True,
             write_page_checksum=True,
         ) as out,
@@ -277,6 +281,7 @@ class Part:
         attempt, first, last: what it covers, from its name.
         rows: number of values.
         steps: number of recorded steps.
+        stamp: size and time of the file.
     """
 
     path: Path
@@ -285,6 +290,7 @@ class Part:
     last: int
     rows: int
     steps: int
+    stamp: tuple[int, int]
     _file: pa.NativeFile | None
     _meta: pq.FileMetaData
     _groups: npt.NDArray[np.int64]  # (row group, 3): lowest id, highest id, rows
@@ -304,7 +310,7 @@ class Part:
         name = parse_part(path.name)
         if name is None:
             raise ValueError("its name is not that of a part")
-        kept = pa.OSFile(str(path)) if held else None
+        kept, stamp = pa.OSFile(str(path)) if held else None, stamp_of(path)
         with pq.ParquetFile(kept or path) as file:
             meta, schema = file.metadata, file.schema_arrow
         seal = (meta.metadata or {}).get(_SEAL)
@@ -314,7 +320,7 @@ class Part:
         groups = np.array(index["groups"], dtype=np.int64).reshape(-1, 3)
         if len(groups) != meta.num_row_groups:
             raise ValueError(f"has {meta.num_row_groups} row groups, expected {len(groups)}")
-        return Part(path, *name, int(groups[:, 2].sum()), int(index["steps"]), kept, meta, groups)
+        return Part(path, *name, int(groups[:, 2].sum()), int(index["steps"]), stamp, kept, meta, groups)
 
     def covers(self, other: Part) -> bool:
         """True if everything in ``other`` is in this part too."""
@@ -352,18 +358,30 @@ class Part:
                 yield _points(batch)
 
 
-def open_parts(folder: Path, room: str) -> tuple[list[Part], list[str]]:
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of a file.
+
+    Raises:
+        FileNotFoundError: if it is gone.
+    """
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def open_parts(folder: Path, room: str, before: Iterable[Part] = ()) -> tuple[list[Part], list[str]]:
     """The parts that stand in a room of a run folder.
 
     Args:
         folder: a run folder.
         room: `LIVE` or `SERIES`. Live parts are held open, so that they can be read after they were replaced.
+        before: parts that are open already; those that still stand there are given back.
 
     Returns:
         The readable ones, and what is wrong with each of the others.
     """
     found: dict[str, Part] = {}
     faults: dict[str, str] = {}
+    known = {p.path: p for p in before}
     for _ in range(_LISTINGS):
         vanished = False
         for name in names(folder, room):
@@ -371,7 +389,8 @@ def open_parts(folder: Path, room: str) -> tuple[list[Part], list[str]]:
                 continue
             path = folder / RANK / room / name
             try:
-                found[name] = Part.open(path, held=room == LIVE)
+                same = path in known and known[path].stamp == stamp_of(path)
+                found[name] = known[path] if same else Part.open(path, held=room == LIVE)
             except FileNotFoundError:
                 vanished = True
             except UNREADABLE as e:

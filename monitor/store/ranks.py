@@ -154,6 +154,9 @@ class Others:
     Attributes:
         silent: ranks of which nothing was found; while there are any, nothing is joined.
         alone: the last step at which nothing was joined; None if there was none.
+        behind: of ranks that had written before: the last step that they had, and the last for which they were waited
+            for in vain; what they have parts of is absent in between.
+        last: the last step for which they were asked.
     """
 
     def __init__(self, folder: Path, attempt: int, ranks: Sequence[int]) -> None:
@@ -161,23 +164,32 @@ class Others:
         self._patience = PATIENCE
         self.silent: list[int] = []
         self.alone: int | None = None
+        self.behind: dict[int, tuple[int, int]] = {}
+        self.last = -1
+        self._heard: dict[int, list[RawBlock]] = {}  # the newest of each rank
 
     def join(self, block: RawBlock) -> RawBlock:
         """`join` with what the others have written, after waiting for them a little."""
         last, end = int(block.steps[-1]), time.monotonic() + self._patience
         while True:
-            rows = read_others(self._folder, self._attempt, self._ranks)
-            behind = [
-                r for r, blocks in zip(self._ranks, rows, strict=True) if not blocks or int(blocks[-1].steps[-1]) < last
-            ]
+            found = zip(self._ranks, read_others(self._folder, self._attempt, self._ranks), strict=True)
+            # of one that has fallen silent it is still known of what it has parts
+            rows = {r: blocks or self._heard.get(r, []) for r, blocks in found}
+            ends = {r: int(blocks[-1].steps[-1]) for r, blocks in rows.items() if blocks}
+            behind = [r for r in self._ranks if ends.get(r, -1) < last]
             if not behind or time.monotonic() >= end:
                 break
             time.sleep(0.02)
-        self.silent = [r for r, blocks in zip(self._ranks, rows, strict=True) if not blocks]
+        self._heard |= {r: blocks[-1:] for r, blocks in rows.items() if blocks}
+        self.silent = [r for r in self._ranks if r not in self._heard]
         if self.silent:
             self.alone = last
+        self.last = last
+        for r in behind:
+            if r in ends:
+                self.behind[r] = self.behind.get(r, (ends[r],))[0], last
         self._patience = 0.0 if behind else PATIENCE  # one that has died is not waited for again and again
-        return join(block, rows)
+        return join(block, [*rows.values()])
 
     def drop(self, last: int, ended: bool = False) -> None:
         """Remove the segments whose steps all stand in parts.

@@ -44,7 +44,7 @@ from monitor.store.parts import (
 from monitor.store.process import is_alive
 from monitor.store.ranks import join, others_of, read_others
 from monitor.store.stored import Stored, read_findings
-from monitor.store.summary import SeriesSummary, Summaries, combine, read_summaries, summarise
+from monitor.store.summary import SeriesSummary, Summaries, SummaryFile, combine, summarise
 from monitor.store.tail import columns, read_tail
 
 if TYPE_CHECKING:
@@ -83,17 +83,19 @@ class Run:
 
     Args:
         path: a run folder.
+        before: the same run as it was opened earlier: what it has read of parts that still stand is not read again.
 
     Raises:
         RunFormatError: if it is not one, or its run.json cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], before: Run | None = None) -> None:
         self.path = Path(path).absolute()
         info = layout.read_info(self.path)
         segments = read_tail(self.path)
-        live, live_faults = open_parts(self.path, layout.LIVE)
-        series, series_faults = open_parts(self.path, layout.SERIES)
+        known = before._files if before else ()
+        live, live_faults = open_parts(self.path, layout.LIVE, known)
+        series, series_faults = open_parts(self.path, layout.SERIES, known)
         if info["status"] == "running":
             info = layout.read_info(self.path)  # after the listing: it explains every id in the parts found
         #: What run.json holds.
@@ -116,7 +118,13 @@ class Run:
             self._faults += [s.fault for s in mine if s.fault and not (self.is_live and s.cut and s is mine[-1])]
         self._lock = Lock()
         self._evaluated = False
-        self._loaded: list[Summaries] | None = None
+        self._asked: dict[str | None, list[SeriesSummary]] = {}
+        here = set(self._files)  # parts are written once, so what was read of one is kept as long as it stands
+        self._stored: dict[Part, SummaryFile | None] = {}
+        self._points_of: dict[tuple[Part, str], Points] = {}
+        if before is not None:
+            self._stored |= {p: file for p, file in before._stored.items() if p in here}
+            self._points_of |= {k: points for k, points in before._points_of.items() if k[0] in here}
         self._verdict: Verdict | None = None
 
     # ------------------------------------------------------------------ what it is
@@ -160,6 +168,16 @@ class Run:
     def last_step(self) -> int | None:
         """The last recorded step of the last attempt that recorded any."""
         return max(((p.attempt, p.last) for p in (*self._files, *self._tails)), default=(0, None))[1]
+
+    def last_step_of(self, attempt: int) -> int | None:
+        """The last step that an attempt recorded, None if it recorded none."""
+        return max((p.last for p in (*self._files, *self._tails) if p.attempt == attempt), default=None)
+
+    @property
+    def settled_step(self) -> int:
+        """Up to here parts hold all values, and only another attempt can change them; -1 if none is."""
+        waiting = [t.first - 1 for t in self._tails]
+        return min([*waiting, -1 if self.last_step is None else self.last_step])
 
     @property
     def next_step(self) -> int:
@@ -305,19 +323,9 @@ class Run:
             One per series: those of one column in order of execution, all in the order of their first values; none
             if ``ref`` was not recorded.
         """
-        if ref is None:
-            return combine(self._summaries(), self._names)
-        modules = self.modules(ref)
-        if self._names.of(*_split(ref)):
-            found = combine(self._summaries(), self._names, self._names.of(*_split(ref)).values())
-        elif modules:
-            names = Names()
-            parts = [self.block(ref, attempt=a) for a in sorted({p.attempt for p in (*self._files, *self._tails)})]
-            blocks = [ColumnBlock(*_split(ref), b.steps, b.modules, b[ref], b.has(ref)) for b in parts]
-            found = combine([summarise(gather([b], names)) for b in blocks], names)
-        else:
-            return []
-        return sorted(found, key=lambda s: modules.index(s.module))
+        if ref not in self._asked:
+            self._asked[ref] = self._summary(ref)
+        return list(self._asked[ref])
 
     def sql(self, query: str) -> DuckDBPyRelation:
         """Ask DuckDB: ``run.sql("select module, max(value) from series where metric = 'grad_norm' group by module")``.
@@ -553,11 +561,29 @@ class Run:
         recorded = self.modules(ref)
         return tuple(m for m in recorded if m in modules) or recorded
 
-    def _summaries(self) -> list[Summaries]:
-        """Summaries of the large parts, and of what has none, in the order of recording."""
-        if self._loaded is not None:
-            return self._loaded
+    def _summary(self, ref: str | None) -> list[SeriesSummary]:
+        if ref is None:
+            return combine(self._summaries(), self._names)
+        modules = self.modules(ref)
+        if recorded := self._names.of(*_split(ref)):
+            found = combine(self._summaries(ref), self._names, recorded.values())
+        elif modules:
+            names = Names()
+            parts = [self.block(ref, attempt=a) for a in sorted({p.attempt for p in (*self._files, *self._tails)})]
+            blocks = [ColumnBlock(*_split(ref), b.steps, b.modules, b[ref], b.has(ref)) for b in parts]
+            found = combine([summarise(gather([b], names)) for b in blocks], names)
+        else:
+            return []
+        place = {m: i for i, m in enumerate(modules)}
+        return sorted(found, key=lambda s: place[s.module])
+
+    def _summaries(self, ref: str | None = None) -> list[Summaries]:
+        """Summaries of the large parts, and of what has none, in the order of recording; of one column if it is named.
+
+        Of other columns there may be some beside them.
+        """
         self._evaluate()
+        ids = None if ref is None else np.array(list(self._names.of(*_split(ref)).values()), dtype=np.int32)
         found: list[Summaries] = []
         waiting: list[Points] = []
 
@@ -569,29 +595,47 @@ class Run:
             waiting.clear()
 
         for p in sorted((*self._files, *self._tails), key=lambda p: (p.attempt, p.first)):
-            if isinstance(p, Part) and (stored := self._stored_summaries(p)) is not None:
-                settle()
-                found.append(stored)
-                continue
             try:
-                waiting.append(p.read())
+                if isinstance(p, Part) and (file := self._summary_file(p)) is not None:
+                    stored = file.read(ids)
+                    settle()
+                    found.append(stored)
+                    continue
+            except UNREADABLE:
+                assert isinstance(p, Part)
+                self._stored[p] = None  # the values tell the same
+            try:
+                waiting.append(self._kept(p, ref, ids))
             except UNREADABLE as e:
                 self._damaged(p, e)
         settle()
-        self._loaded = found
         return found
 
-    def _stored_summaries(self, part: Part) -> Summaries | None:
-        path = self.path / layout.RANK / layout.SUMMARY / part.path.name
-        found = read_summaries(path) if layout.inside(self.path, path) else None
-        return found if found is not None and int(found.scalars["n"].sum()) == part.rows else None
+    def _kept(self, p: Part | _Tail, ref: str | None, ids: Ids | None) -> Points:
+        """The rows of one column in a part without a summary, read once."""
+        if ref is None or not isinstance(p, Part):
+            return p.read(ids)
+        if (p, ref) not in self._points_of:
+            self._points_of[p, ref] = p.read(ids)
+        return self._points_of[p, ref]
+
+    def _summary_file(self, part: Part) -> SummaryFile | None:
+        """The stored summary of a part, if there is one and it is whole."""
+        if part not in self._stored:
+            path = self.path / layout.RANK / layout.SUMMARY / part.path.name
+            self._stored[part] = None
+            with suppress(*UNREADABLE):
+                file = SummaryFile(path) if layout.inside(self.path, path) else None
+                self._stored[part] = file if file is not None and file.values == part.rows else None
+        return self._stored[part]
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str], before: Run | None = None) -> Run:
     """Open a run folder.
 
     Args:
         path: the folder of one run.
+        before: the same run as it was opened earlier, to see what was recorded since without reading all of it again.
 
     Raises:
         RunFormatError: if it is not one; a folder of runs is told apart, and its runs are named.
@@ -603,7 +647,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         raise RunFormatError(f"{str(path)!r} is a file, expected the folder of a run")
     if not (folder / layout.RUN_JSON).exists() and (runs := find_runs(folder)):
         raise RunFormatError(f"{str(path)!r} holds {len(runs)} runs, expected one; name it: {_some(map(str, runs))}")
-    return Run(folder)
+    return Run(folder, before)
 
 
 def _split(ref: str) -> tuple[str, str]:

@@ -63,7 +63,7 @@ def write_findings(path: Path, findings: Sequence[Finding], state: dict[str, Any
     table = pa.Table.from_arrays(columns, schema=FINDINGS_SCHEMA)
     with replacing(path) as temp:
         # in the footer: what a schema says besides is written twice
-        write_table(temp, [table], FINDINGS_SCHEMA, lambda: extra)
+        write_table(temp, [table], FINDINGS_SCHEMA, footer=lambda: extra)
 
 
 def read_findings(path: Path) -> Stored:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,13 @@ import pyarrow.parquet as pq
 
 from monitor.block import Steps
 from monitor.store.layout import replacing
-from monitor.store.parts import UNREADABLE, Names, Points, Values, arrow, flat, write_table
+from monitor.store.parts import Ids, Names, Points, Values, arrow, flat, write_table
 
 #: The quantiles that are kept, and their names.
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
 BUCKETS = 128
+#: Series of one row group of a file: of very many a reader wants few.
+GROUP = 1 << 12
 _PROBABILITIES = np.array(list(QUANTILES.values()))
 _KNOTS = np.array([0.0, *QUANTILES.values(), 1.0])
 
@@ -52,7 +55,6 @@ class SeriesSummary:
         first_step, last_step, first, last: its ends.
         min, max, mean, m2: of the finite values; ``m2`` is the sum of squared deviations from the mean. NaN if there
             are none.
-        quantiles: ``p01 … p99`` of the finite values; exact within a part, interpolated over several.
         band: the picture; of ``n`` ≤ 128 values it is the data itself.
     """
 
@@ -69,8 +71,16 @@ class SeriesSummary:
     max: float
     mean: float
     m2: float
-    quantiles: dict[str, float]
     band: Band
+    _knots: _F64  # (part, 9): the least value, the quantiles and the largest value of each part
+    _weight: _F64  # (part,): its finite values
+
+    @cached_property
+    def quantiles(self) -> dict[str, float]:
+        """``p01 … p99`` of the finite values; exact within a part, interpolated over several."""
+        one = self._knots[0, 1:-1]
+        mixed = one if len(self._knots) == 1 else _mixed(self._knots, self._weight)
+        return dict(zip(QUANTILES, mixed.tolist(), strict=True))
 
     @property
     def ref(self) -> str:
@@ -107,6 +117,12 @@ SUMMARY_SCHEMA = pa.schema(
         for name, t in (("steps", pa.int64()), ("min", pa.float32()), ("max", pa.float32()))
     ]
 )
+
+_ENCODINGS = {
+    "band_steps.list.element": "DELTA_BINARY_PACKED",
+    "band_min.list.element": "BYTE_STREAM_SPLIT",
+    "band_max.list.element": "BYTE_STREAM_SPLIT",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +200,8 @@ def joined_summaries(several: Sequence[Summaries]) -> Summaries:
     """One after the other; a series may then stand there several times."""
     if not several:
         return summarise(Points(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)))
+    if len(several) == 1:
+        return several[0]
     shift = np.cumsum([0] + [s.ends[-1] for s in several])
     return Summaries(
         np.concatenate([s.series for s in several]),
@@ -206,27 +224,58 @@ def write_summaries(path: Path, summaries: Summaries) -> None:
     columns += [arrow(summaries.quantiles[:, i]) for i in range(len(QUANTILES))]
     for name, values in zip(Band._fields, summaries.band, strict=True):
         columns.append(pa.ListArray.from_arrays(ends, arrow(values), type=SUMMARY_SCHEMA.field(f"band_{name}").type))
+    table = pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)
+    groups = [table.slice(i, GROUP) for i in range(0, max(table.num_rows, 1), GROUP)]
     with replacing(path, sync=True) as temp:
-        write_table(temp, [pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)], SUMMARY_SCHEMA)
+        write_table(temp, groups, SUMMARY_SCHEMA, _ENCODINGS)
 
 
-def read_summaries(path: Path) -> Summaries | None:
-    """What `write_summaries` wrote, or None if the file is missing, damaged or something else."""
-    try:
+class SummaryFile:
+    """What `write_summaries` wrote, of which no more is read than is asked for.
+
+    Args:
+        path: the file.
+
+    Raises:
+        an error of `UNREADABLE`: if it is missing, damaged or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if not file.schema_arrow.equals(SUMMARY_SCHEMA):
-                return None
-            table = file.read(use_threads=False).combine_chunks()
+                raise ValueError("has other columns than summaries")
+            self._path, self._meta = path, file.metadata
+            known = file.read(columns=["series", "n"], use_threads=False)
+        self._series, self.values = flat(known.column("series")), int(flat(known.column("n")).sum())
+        rows = [self._meta.row_group(i).num_rows for i in range(self._meta.num_row_groups)]
+        self._ends = np.cumsum([0, *rows])
+        self._groups: dict[int, Summaries] = {}
+        if self._ends[-1] != len(self._series):
+            raise ValueError("has lost rows")
+
+    def read(self, ids: Ids | None = None) -> Summaries:
+        """The summaries of the series ``ids`` (all without), and of some that stand beside them.
+
+        Raises:
+            an error of `UNREADABLE`: if it is damaged.
+        """
+        wanted = np.arange(len(self._series)) if ids is None else np.flatnonzero(np.isin(self._series, ids))
+        groups = np.unique(np.searchsorted(self._ends, wanted, side="right") - 1).tolist()
+        for g in groups:
+            if g not in self._groups:
+                self._groups[g] = self._group(g)
+        return joined_summaries([self._groups[g] for g in groups])
+
+    def _group(self, g: int) -> Summaries:
+        with pq.ParquetFile(self._path, metadata=self._meta, page_checksum_verification=True) as file:
+            table = file.read_row_group(g, use_threads=False).combine_chunks()
         bands, ends = [], np.zeros(1, dtype=np.int32)
         for name in Band._fields:
-            lists: Any = table.column(f"band_{name}")
+            (lists,) = table.column(f"band_{name}").chunks
             if lists.null_count:
-                return None
-            for chunk in lists.chunks:
-                ends = flat(chunk.offsets)
-                bands.append(flat(chunk.values))
-        if not bands:
-            return None
+                raise ValueError("holds nulls")
+            ends = flat(lists.offsets)
+            bands.append(flat(lists.values))
         found = Summaries(
             flat(table.column("series")),  # pyright: ignore[reportArgumentType]  # the schema was compared
             {name: flat(table.column(name)) for name in _SCALARS},
@@ -234,11 +283,10 @@ def read_summaries(path: Path) -> Summaries | None:
             ends,  # pyright: ignore[reportArgumentType]
             Band(*bands),
         )
-    except UNREADABLE:
-        return None
-    if ends[0] != 0 or np.any(np.diff(ends) < 1) or any(len(b) != ends[-1] for b in found.band):
-        return None
-    return found
+        whole = np.array_equal(found.series, self._series[self._ends[g] : self._ends[g + 1]])
+        if not whole or ends[0] != 0 or np.any(np.diff(ends) < 1) or any(len(b) != ends[-1] for b in found.band):
+            raise ValueError("its bands do not fit its series")
+        return found
 
 
 def combine(several: Sequence[Summaries], names: Names, only: Collection[int] | None = None) -> list[SeriesSummary]:
@@ -264,17 +312,13 @@ def combine(several: Sequence[Summaries], names: Names, only: Collection[int] | 
         part = {name: values[group] for name, values in one.scalars.items()}
         n, bad = int(part["n"].sum()), int(part["nonfinite"].sum())
         weight = (part["n"] - part["nonfinite"]).astype(np.float64)
-        some = weight > 0
-        if len(group) == 1 or not some.any():
-            low, high, mean, m2 = (float(part[c][0]) for c in ("min", "max", "mean", "m2"))
-            quantiles = one.quantiles[group[0]]
-        else:
-            weight, means = weight[some], part["mean"][some]
+        some = weight > 0 if (weight > 0).any() else np.arange(1)
+        weight, means = weight[some], part["mean"][some]
+        low, high, mean, m2 = (float(part[c][some][0]) for c in ("min", "max", "mean", "m2"))
+        if len(weight) > 1:
             low, high = float(part["min"][some].min()), float(part["max"][some].max())
             mean = float(np.average(means, weights=weight))
             m2 = float(part["m2"][some].sum() + np.sum(weight * (means - mean) ** 2))
-            knots = np.column_stack([part["min"][some], one.quantiles[group[some]], part["max"][some]])
-            quantiles = _mixed(knots, weight)
         metric, column, module = names.triples[one.series[group[0]]]
         found.append(
             SeriesSummary(
@@ -291,8 +335,9 @@ def combine(several: Sequence[Summaries], names: Names, only: Collection[int] | 
                 high,
                 mean,
                 m2,
-                dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
                 _thinned([Band(one.band.steps[s], one.band.min[s], one.band.max[s]) for s in band]),
+                np.column_stack([part["min"][some], one.quantiles[group[some]], part["max"][some]]),
+                weight,
             )
         )
     return found

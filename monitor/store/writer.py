@@ -171,12 +171,12 @@ class RunWriter:
         Args:
             blocks: of the same steps, later than those taken before.
         """
+        if self._values > KEEP_VALUES:  # the disk has refused them; one block of very many tensors may be as large
+            self._give_up()
         blocks = [b for b in blocks if len(b.steps)]
         self._buffer.extend(blocks)
         self._steps += max((len(b.steps) for b in blocks), default=0)
         self._values += sum(b.values.size for b in blocks)
-        if self._values > KEEP_VALUES:
-            self._give_up()
 
     def flush(self, force: bool = False) -> None:
         """Write what was taken as a live part, if it is enough or old enough; merge live parts that have piled up.

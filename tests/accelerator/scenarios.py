@@ -337,8 +337,8 @@ def graph(attach: Attach) -> nn.Module:
 
 
 TRAININGS = (
-    plain, gpt, deep_gpt, graph,
-    scaler, replicas, replicas_of_the_model, experts, autocast, convolutions, two_devices, half_on_the_host, moved, broken_input, curvature,
+    plain, gpt, deep_gpt, graph, scaler, replicas, replicas_of_the_model, experts, autocast, convolutions,
+    two_devices, half_on_the_host, moved, broken_input, curvature,
 )  # fmt: skip
 
 

@@ -6,14 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
 import monitor_dashboard
-from monitor_dashboard import data, panels
+from monitor.store.parts import Points
+from monitor.store.run import Run, open_run
+from monitor_dashboard import data, markup, panels
 from monitor_dashboard.keys import Key
 from monitor_dashboard.page import load_pages
 from tests.dashboard.kit import SAMPLES, charts, said
@@ -247,6 +251,57 @@ def test_reading_is_cached_until_something_is_written(scripted, tmp_path: Path) 
     shutil.copytree(run.path, tmp_path / "b")
     assert data.view(tmp_path / "b") is not first
     run.finish()
+
+
+def test_following_a_run_reads_what_is_new(scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: counts, invariance. However long a run is, a look at it reads what was added, and shows the whole."""
+    rows = []
+    real = Run._points
+
+    def counting(run: Run, *args: Any) -> Iterator[Points]:
+        for points in real(run, *args):
+            rows.append(len(points.steps))
+            yield points
+
+    monkeypatch.setattr(Run, "_points", counting)
+
+    def looked(view: data.View) -> list[Any]:
+        last = view.span[1]
+        lines = [
+            view.line(ref, m, 0, last, False) for ref, m in (("loss.value", ""), ("logit_norm.mean", "cross_entropy"))
+        ]
+        grid, _ = view.grid("grad_norm.norm", 0, last), view.remarks
+        return [*lines, grid]
+
+    run = scripted(tmp_path / "a", spike=1700)
+    for _ in range(8):
+        run.train(500).flush()
+    run.train(10)
+    looked(data.view(run.path))
+    whole = sum(rows)
+    run.train(20)
+    rows.clear()
+    loss, norm, grid = looked(data.view(run.path))
+    assert 0 < sum(rows) < whole / 20
+    fresh = looked(data.View(open_run(run.path)))
+    for ours, theirs in zip((loss, norm), fresh[:2], strict=True):
+        assert ours.count == theirs.count == 4030 and ours.reduced
+        np.testing.assert_array_equal(ours.high, theirs.high)
+    np.testing.assert_array_equal(grid.values, fresh[2].values)
+    assert loss.high.max() > 7
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_page_is_drawn_once(scripted, show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool) -> None:
+    """Oracle: counts. A first visit draws a page once; drawn twice, it would all be sent twice."""
+    drawn = []
+    real = markup.verdict
+    monkeypatch.setattr(markup, "verdict", lambda v: drawn.append(v) or real(v))
+    run = scripted(tmp_path / "a").train(60)
+    if not live:
+        run.finish()
+    assert ("recording" in said(show(tmp_path))) == live
+    assert len(drawn) == 1
 
 
 def test_every_page_is_found() -> None:

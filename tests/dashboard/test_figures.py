@@ -93,6 +93,26 @@ def test_hostile_names_are_text() -> None:
                 assert "x}&lt;/a" not in text.replace("&#37;{x}", "")
 
 
+def test_numbers_of_pins_do_not_lie_on_each_other() -> None:
+    """Oracle: planted fault (five heads, three within a few steps). The worst keeps its number, no head its mark."""
+    steps = (500, 100, 505, 110, 900)
+    pins = [Pin(at, at, "warning", str(i), "spiked") for i, at in enumerate(steps, start=1)]
+    figure: Any = figures.lines([panel("loss", 1000)], pins, (0, 999), LIGHT)
+    marks = [(x, text) for t in figure.data if t.yaxis == "y100" for x, text in zip(t.x, t.text, strict=True)]
+    assert sorted(marks) == [(100, "2"), (110, ""), (500, "1"), (505, ""), (900, "5")]
+
+
+def test_fullest_map_is_sent_in_little() -> None:
+    """Oracle: counts. Of as many cells as a map may have, one of them broken, each is sent in 20 bytes: a megabyte."""
+    rows, (width, number) = sampling.MAX_ROWS, sampling.columns(0, 999_999, sampling.MAX_ROWS)
+    values = np.random.default_rng(0).random((rows, number))
+    state = np.full((rows, number), VALUE, dtype=np.int8)
+    state[7, 9] = NAN
+    grid = Grid(tuple(f"layers.{i}.weight" for i in range(rows)), width * np.arange(number), width, values, state)
+    figure, _ = figures.heat_map(grid, "t", "", (0, 999_999), LIGHT, log=True)
+    assert len(figure.to_json() or "") < 20 * values.size <= 20 * sampling.MAX_CELLS
+
+
 def test_map_marks_what_is_not_a_number() -> None:
     values = np.array([[1.0, np.nan, 0.0], [1e-3, 10.0, np.nan]])
     state = np.array([[VALUE, NAN, VALUE], [VALUE, VALUE, MISSING]], dtype=np.int8)
@@ -101,13 +121,13 @@ def test_map_marks_what_is_not_a_number() -> None:
         Grid(("a", "b"), np.arange(3), 1, values, state), "t", "a", (0, 2), LIGHT, log=True
     )
     colour, broken = figure.data[0], figure.data[1]
-    np.testing.assert_array_equal(np.isnan(broken["z"]), state != NAN)
+    np.testing.assert_array_equal(broken["z"], state == NAN)
     # an exact 0 has the lowest colour; a missing cell has none
     assert colour["z"][0][2] == colour["zmin"]
     assert np.isnan(colour["z"][1][2])
     assert curves == ["", "", "a", "b"]
     # what a click can hit is what was recorded
-    assert [len(t["x"]) for t in figure.data[2:]] == [3, 2]
+    assert [len(t["y"]) for t in figure.data[2:]] == [3, 2]
     assert np.isnan(figure.data[2]["customdata"][1])
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitor_dashboard import sampling
-from monitor_dashboard.sampling import INF, MAX_POINTS, MISSING, NAN, VALUE
+from monitor_dashboard.sampling import INF, MAX_POINTS, MISSING, NAN, VALUE, Fold
 
 VALUES = st.one_of(
     st.floats(allow_nan=False, width=32), st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0])
@@ -33,6 +36,22 @@ def test_reduced_line_keeps_extremes(values: list[float], points: int, stride: i
         assert (line.mean[solid] <= line.high[solid]).all()
     else:
         assert np.isnan(line.mean).all()
+
+
+@given(st.lists(VALUES, max_size=300), st.lists(st.integers(0, 300), max_size=4), st.integers(4, 60), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_line_in_pieces_is_the_same(values: list[float], cuts: list[int], points: int, log: bool) -> None:
+    """Oracle: invariance (a series that grows is drawn as one that is read at once)."""
+    array = np.array(values, dtype=np.float64)
+    steps = np.cumsum(1 + np.arange(len(values)) % 3)
+    edges = [0, *sorted(cuts), len(values)]
+    pieces = [Fold.of(steps[a:b], array[a:b], log=log, points=points) for a, b in pairwise(edges)]
+    grown = reduce(Fold.then, pieces).line()
+    whole = sampling.line(steps, array, log=log, points=points)
+    for name in ("steps", "low", "high", "odd_steps", "odd", "odd_count", "count", "reduced", "last"):
+        np.testing.assert_array_equal(getattr(grown, name), getattr(whole, name))
+    largest = np.abs(array[np.isfinite(array)]).max(initial=0)
+    np.testing.assert_allclose(grown.mean, whole.mean, rtol=1e-9, atol=1e-12 * largest)
 
 
 def test_short_line_is_exact() -> None:

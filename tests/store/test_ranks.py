@@ -92,6 +92,43 @@ def test_a_layout_that_changes() -> None:
     assert of(whole, "late")[:, 0].tolist() == [3, 5, 5]
 
 
+def test_one_that_falls_silent_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: planted fault. Its parts are absent from then on, also when nothing of it is left."""
+    monkeypatch.setattr(ranks, "PATIENCE", 0.0)
+    tails = {}
+    for rank in (1, 2):
+        folder = tmp_path / rank_name(rank) / TAIL
+        folder.mkdir(parents=True)
+        tails[rank] = TailWriter(folder, 0, 0)
+        tails[rank].layout(rows([0], {"w": [[4] * 5]}).layout)
+
+    def write(rank: int, steps: Sequence[int]) -> None:
+        for step in steps:
+            tails[rank].row(step, 1, rows([step], {"w": [[4, 1, 0, 0, 0]]}).rows.tobytes())
+            tails[rank].rotate(step + 1)
+
+    others = Others(tmp_path, 0, [1, 2])
+
+    def joined(steps: Sequence[int]) -> list[float]:
+        block = others.join(rows(steps, {"w": [[2, 1, 0, 0, 0]] * len(steps)}))
+        others.drop(steps[-1])
+        return of(block, "w")[:, 0].tolist()
+
+    write(1, range(3))
+    write(2, range(2))
+    assert joined([0, 1]) == [6, 6]
+    assert others.behind == {}
+    assert joined([2, 3]) == [-1, -1]
+    assert others.behind == {1: (2, 3), 2: (1, 3)}
+    write(2, range(2, 6))
+    for segment in (tmp_path / rank_name(1) / TAIL).iterdir():
+        segment.unlink()
+    assert joined([4, 5]) == [-1, -1]
+    assert others.behind == {1: (2, 5), 2: (1, 3)}
+    assert others.silent == []
+    assert others.last == 5
+
+
 def test_the_writer_waits_a_little_and_clears_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: definition. Segments go when what was made of them is in parts; one that is behind is waited for once."""
     folder = tmp_path / rank_name(1) / TAIL
@@ -114,6 +151,7 @@ def test_the_writer_waits_a_little_and_clears_up(tmp_path: Path, monkeypatch: py
     assert len(list(folder.iterdir())) == 1
     others.drop(5, ended=True)
     assert list(tmp_path.iterdir()) == []
+    others = Others(tmp_path, 0, [1])
     others.join(block)
     assert others.silent == [1]
     assert others.alone == 1

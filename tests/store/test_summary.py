@@ -6,18 +6,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monitor.store.parts import Names, Points
+from monitor.store.parts import UNREADABLE, Names, Points
 from monitor.store.summary import (
     BUCKETS,
     QUANTILES,
     SeriesSummary,
+    SummaryFile,
     combine,
     joined_summaries,
-    read_summaries,
     summarise,
     write_summaries,
 )
@@ -122,16 +123,33 @@ def test_files(tmp_path: Path) -> None:
     one = joined_summaries(pieces)
     path = tmp_path / "s.parquet"
     write_summaries(path, one)
-    back = read_summaries(path)
-    assert back is not None and back.ends.tolist() == one.ends.tolist() == [0, 1, 51, 51 + BUCKETS]
+    back = SummaryFile(path).read()
+    assert back.ends.tolist() == one.ends.tolist() == [0, 1, 51, 51 + BUCKETS]
     for a, b in zip((*one.band, one.quantiles), (*back.band, back.quantiles), strict=True):
         np.testing.assert_array_equal(a, b)
     assert all(np.array_equal(one.scalars[k], back.scalars[k]) for k in one.scalars)
     good = path.read_bytes()
     for at in range(0, len(good), 41):
         path.write_bytes(good[:at])
-        assert read_summaries(path) is None
-    assert read_summaries(tmp_path / "missing.parquet") is None
+        with pytest.raises(UNREADABLE):
+            SummaryFile(path).read()
+    with pytest.raises(FileNotFoundError):
+        SummaryFile(tmp_path / "missing.parquet")
+
+
+def test_of_many_few_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: invariance, counts. One series of thousands is told by one row group, read once."""
+    monkeypatch.setattr("monitor.store.summary.GROUP", 10)
+    one = summarise(points_of(*np.random.default_rng(2).normal(size=(100, 7))))
+    write_summaries(tmp_path / "s.parquet", one)
+    read: list[int] = []
+    whole = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda f, g, **kw: read.append(g) or whole(f, g, **kw))
+    file = SummaryFile(tmp_path / "s.parquet")
+    for wanted in ([37], [31, 38], [37, 99], []):
+        some = combine([file.read(np.array(wanted, np.int32))], names(100), wanted)
+        assert [(s.module, s.n, s.max) for s in some] == [(str(i), 7, one.scalars["max"][i]) for i in wanted]
+    assert read == [3, 9] and len(file.read().series) == 100
 
 
 @pytest.mark.parametrize("n", [1, 2, 127, 128, 129, 1000])

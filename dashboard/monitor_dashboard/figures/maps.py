@@ -13,7 +13,7 @@ from monitor.diagnosis.text import number
 from monitor_dashboard.escape import html
 from monitor_dashboard.figures.axes import colour_ticks, span
 from monitor_dashboard.figures.names import short_names
-from monitor_dashboard.figures.sheet import Sheet, template
+from monitor_dashboard.figures.sheet import Sheet, fade, template
 from monitor_dashboard.sampling import INF, MISSING, NAN, VALUE, Floats, Grid
 from monitor_dashboard.theme import Palette
 
@@ -65,8 +65,10 @@ def heat_map(
     for row, module in enumerate(grid.modules):
         cells = grid.state[row] != MISSING
         value = np.where(grid.state[row] == NAN, np.nan, np.where(grid.state[row] == INF, np.inf, grid.values[row]))
+        # of a row without gaps plotly counts the steps itself
+        at = {"x0": middle[0], "dx": grid.width} if cells.all() else {"x": middle[cells]}
         sheet.line(
-            x=middle[cells], y=np.full(int(cells.sum()), row, np.int16), mode="markers",
+            **at, y=np.full(int(cells.sum()), row, np.int16), mode="markers",
             marker={"color": "rgba(0,0,0,0)", "size": 1, "maxdisplayed": 1}, customdata=value[cells].astype(np.float32),
             hovertemplate=f"<b>{template(html(module, 70))}</b><br>%{{customdata:.2e}} · {where}<extra></extra>",
         )  # fmt: skip
@@ -161,8 +163,8 @@ def _colours(sheet: Sheet, values: Floats, state: npt.NDArray[np.int8], caption:
             "z": shade.astype(np.float32), "zmin": low, "zmax": high, "showscale": bool((state == VALUE).any()),
         },
         {k: v for k, v in shared.items() if "text" not in k} | {
-            "z": np.where(broken, 1.0, np.nan).astype(np.float32), "zmin": 0, "zmax": 1,
-            "colorscale": [[0, p.broken], [1, p.broken]], "showscale": False,
+            "z": broken.astype(np.uint8), "zmin": 0, "zmax": 1,
+            "colorscale": [[0, fade(p.broken, 0)], [1, p.broken]], "showscale": False,
         },
     ]  # fmt: skip
     key = f'  <span style="color: {p.broken}">■</span> NaN or infinite' if broken.any() else ""

@@ -24,6 +24,8 @@ _ROOM, _UNIT = 26, 8
 _ROW = 15
 #: Axis of the findings, beyond those of the panels.
 _PINS = "y100"
+#: Share of the window below which the numbers of two pins would lie on each other.
+_APART = 0.019
 
 
 @dataclass(frozen=True)
@@ -271,16 +273,33 @@ def _pins(sheet: Sheet, pins: Sequence[Pin], bottom: float) -> None:
         edge = {"type": "line", "x0": pin.first, "x1": pin.first, "line": {"color": colour, "width": 1, "dash": "dot"}}
         sheet.shapes += [over | band | {"line": {"width": 0}}, over | edge]
     others = [pin for pin in pins if not pin.label]
-    # heads last, so that they lie on top
-    for chosen, look in ((others, {"symbol": "triangle-down", "size": 8}), (heads, {"symbol": "circle", "size": 17})):
+    numbered = _apart(heads, sheet.xaxis["range"])
+    crowded = [pin for pin in heads if pin not in numbered]
+    # numbers last, so that they lie on top
+    for chosen, look in (
+        (others, {"symbol": "triangle-down", "size": 8}),
+        (crowded, {"symbol": "circle", "size": 9}),
+        (numbered, {"symbol": "circle", "size": 17}),
+    ):
         if chosen:
             sheet.line(
                 x=[pin.first for pin in chosen], y=[0.5] * len(chosen), yaxis=_PINS, cliponaxis=False,
                 mode="markers+text",
                 marker={**look, "color": [p.level[pin.severity] for pin in chosen]},
-                text=[pin.label for pin in chosen], textfont={"color": p.surface, "size": 11, "weight": 700},
+                text=[pin.label if chosen is numbered else "" for pin in chosen],
+                textfont={"color": p.surface, "size": 11, "weight": 700},
                 customdata=[html_lines(pin.text) for pin in chosen], hovertemplate="%{customdata}<extra></extra>",
             )  # fmt: skip
+
+
+def _apart(pins: Sequence[Pin], window: Sequence[float]) -> list[Pin]:
+    """Those of ``pins`` whose number has room beside the numbers of earlier ones."""
+    room = _APART * (window[1] - window[0])
+    found: list[Pin] = []
+    for pin in pins:
+        if all(abs(pin.first - other.first) >= room for other in found):
+            found.append(pin)
+    return found
 
 
 def _bands(sheet: Sheet, bands: Sequence[Band], window: tuple[int, int], log_steps: bool) -> None:
