@@ -129,14 +129,18 @@ def _routing(run: Run) -> Iterator[str]:
 
 
 def _curvature(run: Run) -> Iterator[str]:
+    other = 0.0 in _last(run.summary("sharpness.of_step"))  # another loss than that of the training was measured
     for s in run.summary("edge_of_stability.ratio"):
+        if other:
+            break
         if s.last > ABOVE:
             yield f"sharpness is {number(s.last)} times what the learning rate allows"
         elif s.last >= EDGE:
             yield f"at the edge of stability: {s.last:.2f} of what the learning rate allows"
     for s in run.summary("sharpness.value"):
         if s.first > 0 and s.last > 0 and max(s.last / s.first, s.first / s.last) >= GROWN:
-            yield f"sharpness {number(s.first)} → {number(s.last)}"
+            whose = "of the loss that was given, " if other else ""
+            yield f"sharpness {whose}{number(s.first)} → {number(s.last)}"
 
 
 def _last(several: Iterable[SeriesSummary]) -> list[float]:

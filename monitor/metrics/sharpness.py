@@ -9,6 +9,9 @@ eigenvalue, and some eigenvalue lies within ``residual`` of it; ``converged`` is
 played again is the run's. Where several processes train with DistributedDataParallel, loss, gradient and batch are
 those of the first one's micro-batches, which the others wait for: a smaller batch than that of the step.
 
+Of a loss that was given to be measured instead, ``of_step`` says whether its gradient is the run's: where it is 0 the
+loss is another one, as of held-out data, and nothing that trains is judged by it.
+
 A small batch is sharper than the whole data set: on a small network 3.5 times at 16 examples, 1.7 times at 64, 1.1
 times at 1,024. Compare values of one run only, and with a step size only where the batch is all the data.
 
@@ -45,6 +48,7 @@ def oracle() -> Iterable[Case]:
         "examples": [[1], [None], [None]],
         "parameters": [[2], [2], [None]],
         "loss": [[0], [nan], [None]],
+        "of_step": [[1], [0], [None]],
     }
     yield Case(stats, stats, "recorded values pass unchanged; a closure does not say how many examples it has")
 
@@ -61,6 +65,7 @@ METRIC = Metric(
         Column("examples", "count", "rows of the batch; of several processes, of the first one's"),
         Column("parameters", "count", "size of the Hessian"),
         Column("loss", "loss", "loss of the batch, as it was measured"),
+        Column("of_step", "1", "1 if the loss is that of the step, 0 if another was given to be measured"),
     ),
     compute=compute,
     source="arXiv 2103.00065",

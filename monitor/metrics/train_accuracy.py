@@ -1,10 +1,11 @@
 """How often the model is right on the batch it is about to learn from, and how sure it is.
 
-    accuracy = (1/N) #{i : p_iy = max_k p_ik},   top1_mass = (1/N) Σ_i max_k p_ik
+    accuracy = (1/N) #{i : argmax_k p_ik = y_i},   top1_mass = (1/N) Σ_i max_k p_ik
 
 over the N rows looked up (``rows``: where autograd's saved log-probabilities may be read, all that count, or evenly
 spaced ones of more than 4 million log-probabilities; otherwise a seeded sample), before the update of the step and in
-training mode (dropout, augmentation). Ties count as right.
+training mode (dropout, augmentation). Of several largest probabilities the first is the choice, as torch's argmax has
+it: a head of zeros is right where the class is 0.
 
 Healthy: both rise together; top1_mass near accuracy.
 

@@ -28,6 +28,7 @@ from monitor.record.private import quiet
 from monitor.record.probe import Probe
 from monitor.record.recorder import SHARDED, Recorder
 from monitor.record.sites.logged import LoggedSite
+from monitor.record.told import Told
 from monitor.store.ranks import Others, others_fact
 from monitor.store.run import open_run
 from monitor.store.writer import RunWriter
@@ -42,7 +43,8 @@ _NO_STEP = "no step of a torch optimizer was seen (parameters changed by hand ar
 class Handle:
     """A recording under way. It may be dropped; it ends with `close`, a ``with`` block or the process."""
 
-    def __init__(self, recorder: Recorder | None, flusher: Flusher | Part | None) -> None:
+    def __init__(self, recorder: Recorder | None, flusher: Flusher | Part | None, told: Told | None = None) -> None:
+        self._told = told
         self._recorder = recorder
         self._flusher = flusher
         self._notes: list[tuple[int, str]] = []
@@ -117,9 +119,10 @@ class Handle:
         if not complete:
             to_stderr(f"the disk is too slow to finish now; nothing is lost, {folder} keeps the tail")
         with contextlib.suppress(Exception):  # a verdict that cannot be printed must not end a program badly
-            lines = summary_lines(open_run(flusher.path), folder)
-            sys.stderr.write("\n".join(["", *lines, ""]))
-            sys.stderr.flush()
+            verdict = open_run(flusher.path).verdict()
+            if self._told is None or self._told.ends(verdict, folder):
+                sys.stderr.write("\n".join(["", *summary_lines(verdict, folder), ""]))
+                sys.stderr.flush()
 
     def __enter__(self) -> Handle:
         return self
@@ -221,10 +224,12 @@ def begin(
     start_step: int | None = None,
     every: int = 1,
     follow_all: bool = False,
+    told: Told | None = None,
 ) -> Handle:
     """Start a recording, in the first of several processes; arguments are those of `attach`, checked.
 
-    The others record only their parts of parameters, if they have any that the first one does not have.
+    The others record only their parts of parameters, if they have any that the first one does not have. Where one
+    recording after the other is begun, ``told`` says what of it is printed.
     """
     if rank() != 0:
         parted = any(is_parted(p) for m in models for p in m.parameters())
@@ -262,7 +267,7 @@ def begin(
         writer.close("failed", str(e))
         return Handle(None, None)
     flusher.missing = lambda: _missing(recorder, writer.others) if recorder.rows else [("loss", _NO_STEP)]
-    handle = Handle(recorder, flusher)
+    handle = Handle(recorder, flusher, told)
     if handle._account is not None:
         flusher.overhead = handle._account.report
     argv = [_relative(sys.argv[0]), *sys.argv[1:]] if sys.argv else []
@@ -270,6 +275,8 @@ def begin(
     roots = [unwrap(m) for m in models]
     for root in roots:
         _OPEN[id(root)] = handle
+    if told is not None and not told.begins():
+        return handle
     with quiet():
         tensors = sum(1 for m in roots for p in m.parameters() if p.requires_grad)
     moved = f" ({folder.name} is occupied)" if writer.renamed else ""
@@ -308,6 +315,11 @@ def _missing(recorder: Recorder, others: Others | None) -> list[tuple[str, str]]
     found = recorder.missing()
     if others is None or SHARDED not in found:
         return found
+    for process, (step, until) in others.behind.items():
+        how = f"fell silent after step {step:,}: what it has parts of is absent from then on"
+        if until < others.last:
+            how = f"was late between steps {step:,} and {until:,}: what it has parts of may be absent there"
+        found.append(("grad_norm", f"process {process} {how}"))
     why = None
     if others.silent:
         why = f"for process {others.silent[0]} recorded nothing here"

@@ -25,13 +25,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from monitor.errors import UsageError
 from monitor.probes.curvature import Curvature
-from monitor.record.attach import _OPEN, Handle, begin, close_all
+from monitor.record.attach import _OPEN, Handle, _short, begin, close_all
 from monitor.record.copies import HiddenHooks
 from monitor.record.flush import to_stderr
 from monitor.record.followed import find_models, find_whole
 from monitor.record.private import transformed
 from monitor.record.probe import Probe
 from monitor.record.recorder import Recorder
+from monitor.record.told import Told
 
 
 class _Finder:
@@ -46,6 +47,7 @@ class _Finder:
         self._every = every
         self._handle: Handle | None = None
         self._begun = False  # by us, not by the script
+        self._told = Told()
         self._tried: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._failed = False
         self._calls = register_module_forward_pre_hook(partial(self._guard, self._called))
@@ -66,15 +68,16 @@ class _Finder:
         """What records, if it was begun here and goes on."""
         return self._handle._recorder if self._begun and self._handle is not None else None
 
-    def _guard(self, what: Callable[..., None], *args: Any) -> None:
-        """An error of ours is said once, and no more is looked for."""
+    def _guard(self, what: Callable[..., Any], *args: Any) -> Any:
+        """What it returns; an error of ours is said once, and no more is looked for."""
         if self._failed:
-            return
+            return None
         try:
-            what(*args)
+            return what(*args)
         except Exception as e:
             self._failed = True
             to_stderr(f"cannot record: {type(e).__name__}: {e} (training goes on)")
+            return None
 
     def _called(self, module: nn.Module, args: Any) -> None:
         """The outermost module of the first call that can be trained. Runs before any compiled region is entered."""
@@ -121,17 +124,17 @@ class _Finder:
             gc.collect()  # an optimizer and its scheduler hold each other
         return not recorder.optimizers
 
-    def _first_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _first_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Returns: what the step is given, as a hook before it may say."""
         if self._first is not None:
             self._first.remove()
         models = find_models(optimizer)
         if not models:
-            return
+            return None
         if self._handle is not None:
             self._handle.close()
         self._begin(models)
-        if self._recorder is not None:
-            self._recorder._before_step(optimizer, args, kwargs)
+        return None if self._recorder is None else self._recorder._before_step(optimizer, args, kwargs)
 
     def _begin(self, models: list[nn.Module]) -> None:
         self._stop_looking()
@@ -139,13 +142,20 @@ class _Finder:
         if not self._begun:  # the script attaches by itself
             self._handle = next(iter(_OPEN.values()))
             return
-        self._handle = begin(models, self._run_dir, probes=self._probes, every=self._every, follow_all=True)
+        self._handle = begin(
+            models, self._run_dir, probes=self._probes, every=self._every, follow_all=True, told=self._told
+        )
 
     def _stop_looking(self) -> None:
         """No module is waited for any more."""
         for h in self._hooks:
             h.remove()
         self._hooks.clear()
+
+    def sum_up(self) -> None:
+        """Print what of many recordings was not printed one by one."""
+        if self._handle is not None and self._handle.path is not None:
+            self._told.sum_up(_short(self._handle.path.parent))
 
     def stop(self) -> None:
         """Begin no recording any more."""
@@ -267,6 +277,7 @@ def run_main(main: _Main, argv: list[str], run_dir: Path | None, curvature: bool
         _print(e, main.path)
     finder.stop()
     close_all(error)
+    finder.sum_up()
     if not finder.found:
         to_stderr(f"{argv[0]} called no optimizer step on a torch module; nothing was recorded")
     return _status(error)

@@ -9,6 +9,7 @@ only at the steps at which something inside it is looked at, unless losses are m
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -45,14 +46,18 @@ class StepMode(TorchFunctionMode):
         self.tape: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
         #: True while a watched function runs; the mode is off the stack then and must not be moved.
         self.inside = False
+        self._thread = 0  # on whose stack it was put last
         self._left_alone = False  # by Dynamo
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` as if nobody watched, telling its watchers."""
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
+        watched = func in self.watched
+        if (watched or self.tape is not None) and threading.get_ident() != self._thread:
+            return func(*args, **(kwargs or {}))  # on a stack where it was left behind
         self.calls += 1
-        if func not in self.watched or transformed():
+        if not watched or transformed():
             result = func(*args, **(kwargs or {}))
             if self.tape is not None:
                 self.tape(func, args, kwargs or {}, result)
@@ -85,6 +90,7 @@ class StepMode(TorchFunctionMode):
         """
         if not self._left_alone:
             self._left_alone = never_compile(StepMode.__torch_function__.__code__)
+        self._thread = threading.get_ident()
         stack = take_stack()
         # the former is pushed from C++, the latter has been entered in Python
         at = 1 if stack and isinstance(stack[0], DeviceContext) and hasattr(stack[0], "old_device") else 0

@@ -6,11 +6,13 @@ import numpy as np
 
 from monitor.metric import Array, Mask
 from monitor.rule import Window
-from monitor.rules._series import Steps, exactly
+from monitor.rules._series import Steps, exactly, latest
 
 #: What "calibrated" means in the parameters of these rules: GD, momentum and Adam on full batches of digits, stable, at
 #: the edge and above it, with tanh and ReLU (16), and the trainings of tests/integration/trainings.py (8).
 CALIBRATION = "calibrated on 24 small trainings, measured every 5 to 25 steps"
+#: Column that `of_step` reads.
+OF_STEP = "sharpness.of_step"
 #: Steps without another batch that show that there is only one.
 _SAME = 10
 
@@ -45,6 +47,17 @@ def whole_data(window: Window, steps: Steps) -> Mask:
 def at(window: Window, ref: str, steps: Steps) -> tuple[Array, Mask]:
     """One column of the whole run at just these steps: values and where there are any, ``(step, 1)``."""
     return exactly(window[ref], steps, ("",))
+
+
+def of_step(window: Window, steps: Steps) -> Mask:
+    """Where the loss that was measured last is that of the step, ``(step, 1)``; also if nothing is recorded of that.
+
+    Args:
+        window: with `OF_STEP`.
+        steps: ``(step,)`` int64.
+    """
+    value, has = latest(window[OF_STEP], steps, ("",))
+    return ~(has & (value == 0))
 
 
 def before(values: Array, back: int) -> Array:

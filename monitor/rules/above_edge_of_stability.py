@@ -9,7 +9,7 @@ How it is decided:
     The ratio of learning rate and (preconditioned) sharpness to the edge, `edge_of_stability`, is above 1.5 in 3
     measurements in a row, and the loss of each is above that of the one before. Judged only where every step trains on
     the same batch, and one process alone: the Hessian of a small batch is up to several times sharper than that of all
-    the data.
+    the data. Nor where another loss than that of the step was given to be measured.
 
 What to do:
     Lower the learning rate below the largest stable one that is shown, or warm it up; clip the gradient norm.
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._curvature import CALIBRATION, at, before, whole_data
+from monitor.rules._curvature import CALIBRATION, OF_STEP, at, before, of_step, whole_data
 
 RATIO = "edge_of_stability.ratio"
 
@@ -36,7 +36,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     steps = window[RATIO].steps
     ratio, has = at(window, RATIO, steps)
     loss, known = at(window, "sharpness.loss", steps)
-    has = has & known & whole_data(window, steps)
+    has = has & known & whole_data(window, steps) & of_step(window, steps)
     rising = loss > before(loss, 1)
     evidence = {
         "loss": loss,
@@ -72,6 +72,7 @@ RULE = Rule(
         "edge_of_stability.stable_lr",
         "sharpness.loss",
         "sharpness.value",
+        OF_STEP,
         "input_rms.fingerprint",
     ),
     check=check,

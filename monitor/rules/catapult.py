@@ -8,7 +8,8 @@ What it means:
 How it is decided:
     Of the last 10 measurements of `edge_of_stability`, one was above 1.3; the loss then rose to 1.3 times the loss at
     that measurement or more; now the ratio is below 1.2 and at most 0.8 of what it was, and the loss is not above
-    what it was. Judged only where every step trains on the same batch, and one process alone.
+    what it was. Judged only where every step trains on the same batch, and one process alone, and not where another
+    loss was given to be measured.
 
 What to do:
     Nothing, if the spike is acceptable; else warm the learning rate up, or raise it in smaller steps.
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._curvature import CALIBRATION, at, before, whole_data
+from monitor.rules._curvature import CALIBRATION, OF_STEP, at, before, of_step, whole_data
 
 RATIO = "edge_of_stability.ratio"
 PAPER = "the catapult mechanism of Lewkowycz et al. 2020 (arXiv 2003.02218)"
@@ -36,7 +37,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     back = int(p["measurements"])
     ratio, has = at(window, RATIO, steps)
     loss, known = at(window, "sharpness.loss", steps)
-    has = has & known & whole_data(window, steps)
+    has = has & known & whole_data(window, steps) & of_step(window, steps)
     highest, earlier = np.full(ratio.shape, np.nan), before(ratio, back)
     peak = np.full(ratio.shape, np.nan)
     mask = np.zeros(ratio.shape, dtype=np.bool_)
@@ -74,7 +75,7 @@ RULE = Rule(
         Param("rise", 1.3, "of the loss before", CALIBRATION),
         Param("measurements", 10, "measurements", "own choice"),
     ),
-    needs=(RATIO, "sharpness.loss", "loss.value", "input_rms.fingerprint"),
+    needs=(RATIO, "sharpness.loss", OF_STEP, "loss.value", "input_rms.fingerprint"),
     check=check,
     lookback=500,
     release=5,

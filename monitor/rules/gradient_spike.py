@@ -11,14 +11,16 @@ How it is decided:
     the (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy, which
     lifts the norm to 1.2 times its median at least; both are looked for in every fourth step of a large parameter. The
     first 50 points of a parameter are not judged: leaving the first plateau is no spike. Every parameter is judged by
-    itself; the head of the incident is the first in order of execution.
+    itself; the head of the incident is the first in order of execution. Where curvature was measured and explains a
+    jump of a norm, the rule edge_oscillation has it instead.
 
 What to do:
     If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If the
     evidence has a learning rate factor, the learning rate had just been raised so many times: undo that. If not, look
-    at the tensor named first. Clip the gradient, and begin the optimizer's moments afresh after a large spike
-    (monitor.remedies.SpikeAwareClipping does both). If bursts of spikes come again and again while the loss is as low
-    as it gets, no batch is to blame but the step size: let the learning rate fall.
+    at the tensor named first. If every step trains on the same batch, no batch is to blame: it may be the edge of
+    stability, which `curvature="auto"` measures. Clip the gradient, and begin the optimizer's moments afresh after a
+    large spike (monitor.remedies.SpikeAwareClipping does both). If bursts of spikes come again and again while the loss
+    is as low as it gets, no batch is to blame but the step size: let the learning rate fall.
 
 When it is wrong:
     A spike that was clipped did the less harm the more it was (the evidence says to what); one that was clipped by
@@ -33,49 +35,39 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from monitor.metric import Array
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import CALIBRATION, Steps, exactly, raised, spikes
+from monitor.rules._gradient import NEEDS, PARAMS, jumps, swings
+from monitor.rules._series import exactly, raised
 
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     """Parameters whose gradient stands out from the points before it."""
-    block = window["grad_norm.norm"]
-    start = int(np.searchsorted(block.steps, window.first))
-    steps, modules = block.steps[start:], block.modules
-    norms = block["grad_norm.norm"] / _clipping(window, block.steps)
-    usable = block.has("grad_norm.norm") & (norms > 0)
-    found = spikes(np.log(norms), usable, start, p, floor=float(np.log(p["times"])))
-    norm = norms[start:]
+    jumped = jumps(window, p)
+    steps, modules, found, norm, start = jumped.steps, jumped.modules, jumped.found, jumped.norm, jumped.start
     ratio, _ = exactly(window["spam_spike.ratio"], steps, modules)
     element = np.sqrt(ratio)
     elements = found.known & (element > p["element"])
+    mask = found.mask
     evidence = {"norm": norm}
-    if elements.any() or found.mask.any():
-        clipping = _clipping(window, steps)
-        share = (exactly(window["grad_norm.max_abs"], steps, modules)[0] / clipping / norm) ** 2
+    if elements.any() or mask.any():
+        share = (exactly(window["grad_norm.max_abs"], steps, modules)[0] / jumped.clipping / norm) ** 2
         elements &= share >= p["energy"]
-        for i, j in np.argwhere(elements & ~found.mask):
+        for i, j in np.argwhere(elements & ~mask):
             past = slice(max(start + i - int(p["window"]), 0), start + i)
-            elements[i, j] = norm[i, j] >= p["lift"] * np.median(norms[past, j][usable[past, j]])
+            elements[i, j] = norm[i, j] >= p["lift"] * np.median(jumped.all_norms[past, j][jumped.usable[past, j]])
+        mask = mask & ~(swings(window, jumped, p)[0] & ~elements)
         evidence |= {"median": np.exp(found.median), "z": found.z, "element": element, "element_energy": share}
-        evidence["learning_rate_factor"] = raised(window, steps, found.mask | elements)
-        evidence["clipped_to"] = np.where(clipping < 1, clipping * norm, np.nan)
+        evidence["learning_rate_factor"] = raised(window, steps, mask | elements)
+        evidence["clipped_to"] = np.where(jumped.clipping < 1, jumped.clipping * norm, np.nan)
     yield Hits(
         steps,
         modules,
-        found.mask | elements,
+        mask | elements,
         found.known,
-        np.where(found.mask, norm / np.exp(found.median), element),
-        np.where(found.mask, p["times"], p["element"]),
+        np.where(mask, jumped.times, element),
+        np.where(mask, p["times"], p["element"]),
         evidence,
     )
-
-
-def _clipping(window: Window, steps: Steps) -> Array:
-    """The factor by which clipping shortened all gradients, ``(step, 1)``; 1 where it did not, or made them 0."""
-    factor, has = exactly(window["clip.coefficient"], steps, ("",))
-    return np.where(has & (factor > 0), factor, 1.0)
 
 
 RULE = Rule(
@@ -95,12 +87,7 @@ RULE = Rule(
         Remedy("if bursts of them come back on other batches, lower the learning rate or let it fall"),
     ),
     params=(
-        Param("times", 5, "times the median", "Stable-SPAM (arXiv 2502.17055), norm ratio; none in calibration"),
-        Param("sigmas", 8, "robust σ of the logarithm", CALIBRATION),
-        Param("window", 100, "points", "as loss_z and grad_norm_z"),
-        Param("minimum", 50, "points", CALIBRATION),
-        Param("record", 2, "times the excess", CALIBRATION),
-        Param("company", 3, "rank", "own choice: two earlier spikes in the window hide nothing"),
+        *PARAMS,
         Param("element", 5000**0.5, "times the root of the second moment", "SPAM (arXiv 2501.06842), √Θ with Θ = 5000"),
         Param("energy", 0.5, "fraction", "spikes' share of the tensor's energy; 0 false alarms in calibration"),
         Param(
@@ -111,7 +98,7 @@ RULE = Rule(
             "element is not the spiked one",
         ),
     ),
-    needs=("grad_norm.norm", "grad_norm.max_abs", "spam_spike.ratio", "clip.coefficient", "learning_rate.lr"),
+    needs=(*NEEDS, "grad_norm.max_abs", "spam_spike.ratio"),
     check=check,
     lookback=100,
     doc=__doc__ or "",

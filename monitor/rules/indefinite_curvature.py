@@ -7,7 +7,8 @@ What it means:
 
 How it is decided:
     Over the last 4 full measurements, 100 steps or more apart, the most negative node of the spectral density was at
-    least half as large as the largest each time, and their losses differ by 2 % at most.
+    least half as large as the largest each time, and their losses differ by 2 % at most. Not judged where another loss
+    than that of the step was given to be measured.
 
 What to do:
     Begin with larger or different weights for each unit, raise the learning rate (a saddle is left at the speed of
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._curvature import at, before
+from monitor.rules._curvature import OF_STEP, at, before, of_step
 
 RATIO = "spectral_density.negative_ratio"
 MEASUREMENTS = 4
@@ -41,7 +42,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     ratios = np.concatenate([before(ratio, back), ratio], axis=1)
     losses = np.concatenate([before(loss, back), loss], axis=1)
     lowest = ratios.min(axis=1, keepdims=True)  # NaN if one is, or if there are not enough
-    has = has & known & ~np.isnan(lowest)
+    has = has & known & ~np.isnan(lowest) & of_step(window, steps)
     span = steps[:, None] - before(steps[:, None].astype(np.float64), back)[:, :1]
     # of the middle of the stretch, whatever its sign; an infinite loss is not flat
     with np.errstate(invalid="ignore"):
@@ -72,7 +73,7 @@ RULE = Rule(
         Param("flat", 0.02, "fraction of the loss", "own choice"),
         Param("steps", 100, "steps", "own choice: the first steps of any training are flat and indefinite"),
     ),
-    needs=(RATIO, "sharpness.loss"),
+    needs=(RATIO, "sharpness.loss", OF_STEP),
     check=check,
     lookback=100,  # the loss is measured several times as often
     release=3,

@@ -8,7 +8,8 @@ How it is decided:
     The last 20 measurements of `edge_of_stability` are all below 0.001; over them the loss has fallen by 1 % or more
     and the sharpness not by 20 % (second half against first, medians); and the learning rate has been the same. The
     sharpness of a small batch is above that of all the data, so for small batches the ratio is if anything too high.
-    Not judged where groups have different learning rates.
+    Not judged where groups have different learning rates, nor where another loss than that of the step was given to be
+    measured.
 
 What to do:
     Raise the learning rate, by 3 to 10 times at first; `stable_lr` is a limit for the batch, not a recommendation.
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._curvature import CALIBRATION, at, before
+from monitor.rules._curvature import CALIBRATION, OF_STEP, at, before, of_step
 
 RATIO = "edge_of_stability.ratio"
 
@@ -44,7 +45,7 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     fall = 1 - _half(stretch["loss"], late=True) / _half(stretch["loss"], late=False)
     constant = stretch["rate"].max(axis=1) <= (1 + p["change"]) * stretch["rate"].min(axis=1)
     as_sharp = _half(sharp, late=True) >= p["as_sharp"] * _half(sharp, late=False)
-    has = has & known & np.isfinite(highest)
+    has = has & known & np.isfinite(highest) & of_step(window, steps)
     mask = has & (highest < p["ratio"]) & (fall >= p["fall"]) & constant[:, None] & as_sharp
     evidence = {"stable_lr": stable, "lr": rate, "loss": loss}
     yield Hits(steps, ("",), mask, has, highest, p["ratio"], evidence)
@@ -79,7 +80,7 @@ RULE = Rule(
         ),
         Param("change", 0.05, "fraction of the learning rate", "own choice: a schedule sets its own pace"),
     ),
-    needs=(RATIO, "edge_of_stability.stable_lr", "sharpness.loss", "sharpness.value"),
+    needs=(RATIO, "edge_of_stability.stable_lr", "sharpness.loss", "sharpness.value", OF_STEP),
     check=check,
     lookback=20,
     release=5,

@@ -127,6 +127,10 @@ def test_routing(tmp_path: Path) -> None:
          "at the edge of stability: 0.95 of what the learning rate allows; sharpness 1 → 0.25"),
         ({"edge_of_stability.ratio": 1.51}, "sharpness is 1.51 times what the learning rate allows"),
         ({"sharpness.value": 1.9, "edge_of_stability.ratio": 0.89}, ""),
+        ({"sharpness.value": 2.0, "sharpness.of_step": 0.0, "edge_of_stability.ratio": 5.0},
+         "sharpness of the loss that was given, 1 → 2"),
+        ({"sharpness.of_step": 1.0, "edge_of_stability.ratio": 1.51},
+         "sharpness is 1.51 times what the learning rate allows"),
         ({"sharpness.value": NAN, "edge_of_stability.ratio": NAN}, ""),
     ],
 )  # fmt: skip

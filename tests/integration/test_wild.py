@@ -8,12 +8,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import monitor
+from monitor.record.attach import close_all
 from monitor.record.launcher import _Finder
 from tests.warm import run_warm
 
@@ -250,6 +254,44 @@ def finder(tmp_path: Path) -> Iterator[_Finder]:
     found = _Finder(tmp_path / "out", [], 1)
     yield found
     found.stop()
+
+
+class Estimator(ClassifierMixin, BaseEstimator):
+    """Makes its model and optimizer when it is fitted, and steps with a closure, as skorch's estimators do."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        self.lr = lr
+
+    def fit(self, x: np.ndarray, y: np.ndarray) -> Estimator:
+        """Train for eight steps."""
+        self.classes_ = np.unique(y)
+        self.module_ = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.optimizer_ = torch.optim.SGD(self.module_.parameters(), self.lr)
+
+        def loss() -> torch.Tensor:
+            self.optimizer_.zero_grad()
+            loss = nn.functional.cross_entropy(self.module_(torch.from_numpy(x)), torch.from_numpy(y))
+            loss.backward()
+            return loss
+
+        for _ in range(8):
+            self.optimizer_.step(loss)
+        return self
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """The first choice."""
+        with torch.no_grad():
+            return self.module_.eval()(torch.from_numpy(x)).argmax(1).numpy()
+
+
+def test_the_fits_of_a_search_are_runs_of_their_own(finder: _Finder, tmp_path: Path) -> None:
+    """Oracle: golden. Two learning rates on two folds, and the better one once more, each with all of its losses."""
+    rows = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    GridSearchCV(Estimator(), {"lr": [0.1, 0.01]}, cv=2).fit(rows, (rows[:, 0] > 0).astype(np.int64))
+    close_all()
+    runs = [monitor.open(tmp_path / name) for name in ("out", "out-2", "out-3", "out-4", "out-5")]
+    assert [r.series("loss.value")[0].tolist() for r in runs] == [list(range(8))] * 5
+    assert [r.series("learning_rate.lr", "group[0]")[1][0] for r in runs[:4]] == pytest.approx([0.1, 0.1, 0.01, 0.01])
 
 
 def test_one_process_of_several_records(

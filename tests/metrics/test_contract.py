@@ -77,7 +77,7 @@ PASSES = {
     "opposing_signals": "rows up down up_mean down_mean typical cancelled",
     "preconditioned_sharpness": "value threshold converged",
     "sgd_stability": "ratio stderr",
-    "sharpness": "value residual converged products examples parameters loss",
+    "sharpness": "value residual converged products examples parameters loss of_step",
     "spectral_density": "negative_ratio negative_weight negative smallest smallest_residual nodes",
     "trajectory_kl": "kl changed steps temperature rows",
 }
@@ -139,7 +139,7 @@ COLUMNS = {
     "qk_norm_bound": "bound alignment q_norm k_norm",
     "sc_headroom": "q05 q50",
     "sgd_stability": "ratio stderr",
-    "sharpness": "value residual converged products examples parameters loss",
+    "sharpness": "value residual converged products examples parameters loss of_step",
     "softmax_collapse_frac": "frac any_frac rows",
     "spectral_density": "negative_ratio negative_weight negative smallest smallest_residual nodes",
     "residual_stream": "rms max_abs kurtosis peak massive nonfinite rows",

@@ -129,6 +129,12 @@ def test_what_the_run_says_of_the_others(four: None, tmp_path: Path, monkeypatch
         np.testing.assert_allclose(whole.rows, np.sqrt(2), rtol=1e-6)
         assert said(others) == f"{alone}, up to step 11: another began to record later"
         assert said(Others(tmp_path / "parts", 0, [1])) == ""
+        others.alone = None
+        others.join(RawBlock(layout, np.arange(15, 17), np.ones((2, 2), np.float32)))
+        silent = "process 1 fell silent after step 14: what it has parts of is absent from then on"
+        assert said(others) == silent
+        others.last = 20
+        assert said(others) == "process 1 was late between steps 14 and 16: what it has parts of may be absent there"
 
 
 @pytest.fixture

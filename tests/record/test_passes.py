@@ -191,7 +191,7 @@ def test_loss_rows_reads_what_the_kernel_did() -> None:
     z, y = torch.randn(500, 59, generator=g) * 12, torch.randint(0, 59, (500,), generator=g)
     z[torch.arange(200), y[:200]] += 40
     y[::7] = -100
-    n, zero, correct, top1, looked = loss_rows.loss_rows(z.log_softmax(1), y, -100)
+    n, zero, correct, top1, looked = loss_rows.loss_rows(z.log_softmax(1), y, -100, z)
     kept = y != -100
     assert n == looked == kept.sum()
     assert zero == ((F.cross_entropy(z, y, reduction="none") == 0) & kept).sum()
@@ -205,10 +205,50 @@ def test_loss_rows_of_many_logits_are_a_sample(monkeypatch: pytest.MonkeyPatch) 
     z, y = torch.randn(64, 50, generator=g), torch.randint(0, 50, (64,), generator=g)
     z[:9, :] -= 200 * (1 - F.one_hot(y[:9], 50))
     monkeypatch.setattr(loss_rows, "ALL", 700)
-    n, zero, correct, top1, looked = loss_rows.loss_rows(z.log_softmax(1), y, -100)
+    monkeypatch.setattr(loss_rows, "TILE", 200)
+    n, zero, correct, top1, looked = loss_rows.loss_rows(z.log_softmax(1), y, -100, z)
     assert (n, zero, looked) == (64, 9, 13)
     assert correct == (z.argmax(1) == y)[::5].sum()
     assert top1 == pytest.approx(z.softmax(1).amax(1)[::5].sum().item(), rel=1e-5)
+
+
+TIES = {
+    "zero head": torch.zeros(60, 7),
+    "few levels": torch.randint(0, 3, (60, 40), generator=torch.Generator().manual_seed(0)).float(),
+    "float16": (torch.randn(60, 5, generator=torch.Generator().manual_seed(1)) * 2e-4 + 1).half(),
+    "bfloat16": (torch.randn(60, 300, generator=torch.Generator().manual_seed(2))).bfloat16(),
+    "masked": torch.full((60, 9), -math.inf).index_fill(1, torch.tensor([3, 5]), 0.0),
+    "image": torch.randint(0, 3, (4, 6, 5, 3), generator=torch.Generator().manual_seed(3)).float(),
+    "NaN": torch.tensor([[math.nan, 0.0, 0.0]] * 30 + [[0.0, 1.0, 1.0]] * 30),
+}
+
+
+@pytest.mark.parametrize("dims", [0, 1], ids=["rows", "image"])
+@pytest.mark.parametrize("z", TIES.values(), ids=TIES)
+def test_of_equal_logits_the_first_is_the_choice(z: Tensor, dims: int) -> None:
+    """Oracle: independent library. Right answers are those of torch's argmax, which is what a script prints."""
+    z = z[(..., *[None] * dims)]
+    y = torch.randint(0, z.shape[1], (len(z), *z.shape[2:]), generator=torch.Generator().manual_seed(4))
+    valid = torch.rand(y.shape, generator=torch.Generator().manual_seed(5)) < 0.8
+    y = torch.where(valid, torch.where(y % 2 == 0, z.argmax(1), y), -100)
+    right = ((z.argmax(1) == y) & ~z.isnan().any(1)).sum()
+    assert 0 < right < valid.sum()
+    assert loss_rows.right(z, y, valid) == right
+    assert loss_rows.loss_rows(z.log_softmax(1), y, -100, z)[2] == right
+
+
+def test_where_only_some_rows_are_looked_at_the_choice_is_still_near() -> None:
+    """Oracle: independent library. Of 16,384 rows with ties 256 say how often the first is meant."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 5, (64, 256), generator=g)
+    every = torch.ones_like(y, dtype=torch.bool)
+    z = torch.randn(64, 5, 256, generator=g)
+    assert loss_rows.right(z, y, every) == (z.argmax(1) == y).sum()
+    z = torch.randint(0, 2, (64, 5, 256), generator=g).float()
+    hits = (z.amax(1) == z.gather(1, y.unsqueeze(1)).squeeze(1)).sum()
+    share = ((z.argmax(1) == y).sum() / hits).item()
+    got = loss_rows.right(z, y, every) / hits
+    assert abs(got - share) < 4 * math.sqrt(share * (1 - share) / loss_rows.TIED)
 
 
 def gradient_stats(*grads: Tensor) -> list[list[float]]:

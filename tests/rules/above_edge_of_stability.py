@@ -40,6 +40,11 @@ CASES = (
         measured([1.6] * 10, RISING),
         facts={"processes": 2},
     ),
+    Case(
+        "another loss was given to be measured, until step 40",
+        (*measured([1.6] * 10, RISING), column("sharpness.of_step", [0] * 5 + [1] * 5, steps=range(0, 100, EVERY))),
+        (("", 50),),
+    ),
     Case("near miss: overshooting the edge, as on the way to it", measured([1.3] * 10, RISING)),
     Case("near miss: above it, and the loss falls", measured([1.6] * 10, FALLING)),
     Case("near miss: two measurements", measured([1.0] * 4 + [1.6] * 2 + [1.0] * 4, RISING)),

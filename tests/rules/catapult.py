@@ -30,6 +30,10 @@ CASES = (
     Case("thrown at 50, landed at 80", run(RATIO, THROWN), (("", 80),), "info"),
     Case("near miss: another batch every step", run(RATIO, THROWN, batch=1.0)),
     Case("several processes: one batch, a part of the data", run(RATIO, THROWN), facts={"processes": 2}),
+    Case(
+        "another loss was given to be measured",
+        (*run(RATIO, THROWN), column("sharpness.of_step", [0.0] * 10, steps=range(0, 100, EVERY))),
+    ),
     Case("near miss: the loss has not come back", run(RATIO, [*THROWN[:61], *[4.0] * 39])),
     Case("near miss: it never rose", run(RATIO, [1.0] * 51 + [0.9] * 49)),
     Case("near miss: the ratio stays", run([1.0] * 5 + [2.0] * 5, THROWN)),

@@ -42,6 +42,15 @@ def clipped(at: int, coefficient: float) -> tuple[ColumnBlock, ...]:
     return column("grad_norm.norm", norms, ("w",)), column("clip.coefficient", factors)
 
 
+def at_edge(times: float, ratio: float) -> tuple[ColumnBlock, ...]:
+    """A jump of one gradient at one step, all on one batch, and the ratio to the edge as it was measured before."""
+    return (
+        column("grad_norm.norm", [times if t == 150 else x for t, x in enumerate(WAVE)], ("w",)),
+        column("edge_of_stability.ratio", [0.5, ratio], steps=[0, 140]),
+        column("input_rms.fingerprint", [7.0] * 200, ("input[0]",)),
+    )
+
+
 CASES = (
     Case("×100, clipped to its usual size", clipped(150, 0.001), (("w", 150),), "warning"),
     Case("near miss: clipping shortens it by 4.9 times as much", clipped(150, 0.1 / 4.9)),
@@ -81,6 +90,18 @@ CASES = (
             ),
         ),
         ((W[0], 151),),
+    ),
+    Case("explained by the edge of stability: see edge_oscillation", at_edge(9.0, 0.97)),
+    Case("not explained: below the edge", at_edge(9.0, 0.89), (("w", 150),)),
+    Case("not explained: as large as no swing is", at_edge(101.0, 0.97), (("w", 150),)),
+    Case(
+        "not explained: the jump is one element's",
+        (
+            *at_edge(9.0, 0.97),
+            column("spam_spike.ratio", [1e4 if t == 150 else 50.0 for t in range(200)], ("w",)),
+            column("grad_norm.max_abs", [8.0 if t == 150 else 0.1 for t in range(200)], ("w",)),
+        ),
+        (("w", 150),),
     ),
     Case("constant", (column("grad_norm.norm", [[0.0, 1.0]] * 200, W),)),
     Case(

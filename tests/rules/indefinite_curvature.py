@@ -23,6 +23,10 @@ CASES = (
     Case("a plateau that curves both ways", measured([0.9] * 8, FLAT), (("", 120),), "info"),
     Case("from the fourth measurement on that is indefinite", measured([0.1] * 2 + [0.9] * 6, FLAT), (("", 200),)),
     Case("four measurements within 100 steps are not enough", measured([0.9] * 8, FLAT, 10)),
+    Case(
+        "another loss was given to be measured",
+        (*measured([0.9] * 8, FLAT), column("sharpness.of_step", [0.0] * 8, steps=range(0, 320, 40))),
+    ),
     Case("near miss: the loss falls by 3 % each time", measured([0.9] * 8, FALLING)),
     Case("near miss: mostly positive", measured([0.4] * 8, FLAT)),
     Case("near miss: every fourth is positive", measured([0.9, 0.9, 0.9, 0.1] * 2, FLAT)),

@@ -34,6 +34,9 @@ CASES = (
     # the twentieth measurement is that of step 190
     Case("a ten-thousandth of the edge", run([1e-4] * N), (("", 190),), "info"),
     Case("small from the fifth measurement on", run([0.5] * 5 + [1e-4] * 25), (("", 240),)),
+    Case(
+        "another loss was given to be measured", (*run([1e-4] * N), column("sharpness.of_step", [0.0] * N, steps=STEPS))
+    ),
     Case("near miss: a fiftieth of the edge, as of healthy trainings", run([0.02] * N)),
     Case("near miss: one of twenty is larger", run([1e-4] * 14 + [0.01] + [1e-4] * 15)),
     Case("near miss: the loss has arrived", run([1e-4] * N, loss=[1.0] * N)),

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from monitor.record.mode import Watcher
+from monitor.record.passes import loss_rows
 from monitor.record.site import START, Site
 from monitor.record.sites._backward import BACKWARD, losses
 from monitor.record.sites.logged import LoggedSite
@@ -59,7 +60,7 @@ _WEIGHTS = np.random.default_rng(0).uniform(0.5, 1.5, VALUES)
 class EvaluationSite(Site):
     """Means of the loss and of the accuracy over what was evaluated since the last step: ``eval_loss``, ``eval_acc``.
 
-    Over targets, or over batches where the model makes the loss. Ties count as right, targets that are ignored not.
+    Over targets, or over batches where the model makes the loss. Targets that are ignored do not count.
     """
 
     name = "evaluation"
@@ -171,9 +172,8 @@ class EvaluationSite(Site):
         every = slice(None, None, max(1, math.ceil((z.numel() / LOOKED) ** (1 / len(positions)))))
         for axis in positions:
             z, (y, valid) = _along(z, axis, every), (_along(x, max(axis - 1, 0), every) for x in (y, valid))
-        of_target = z.gather(1, torch.where(valid, y, 0).long().unsqueeze(1)).squeeze(1)
         count = int(valid.sum()) if self.rec.on_cpu else valid.sum()
-        self._add("acc", ((of_target >= z.amax(1)) & valid).sum(), count, summed=True)
+        self._add("acc", loss_rows.right(z, y.long(), valid), count, summed=True)
 
     def _add(self, kind: str, value: Tensor, weight: Any, summed: bool = False) -> None:
         x = value.item() if self.rec.on_cpu else value.detach().double().reshape(())

@@ -59,7 +59,7 @@ class FusedLossSite(LogitsSite):
         name = "linear_cross_entropy" if self._calls == 0 else f"linear_cross_entropy[{self._calls}]"
         self._calls += 1
         stats = logit_rows.logit_rows(z, targets, dtype, _counting(targets, ignore))
-        seen = loss_rows.loss_rows(z.to(dtype).log_softmax(1), targets, ignore)
+        seen = loss_rows.loss_rows(z.to(dtype).log_softmax(1), targets, ignore, z)
         self._pending.append(("logit_rows", logit_rows.STATS, name, stats, logit_rows.MERGE, ()))
         self._pending.append(("loss_rows", loss_rows.STATS, name, seen, loss_rows.MERGE, ()))
 

@@ -82,7 +82,7 @@ class LogitsSite(Site):
             self._pending.append(("logit_rows", logit_rows.STATS, name, stats, logit_rows.MERGE, unknown))
         if classes:
             if logp is not None:
-                seen = loss_rows.loss_rows(logp, y, ignore)
+                seen = loss_rows.loss_rows(logp, y, ignore, z.detach())
             else:
                 rows, targets = self._sample(z, y)
                 assert targets is not None
@@ -152,7 +152,7 @@ def _own_rows(rows: Tensor, targets: Tensor, dtype: torch.dtype, ignore: int) ->
     """The statistics of `loss_rows` for rows whose log-probabilities are made here, some at a time."""
     part = max(1, MADE // rows.shape[1])
     parts = [
-        loss_rows.loss_rows(r.to(dtype).log_softmax(1), y, ignore)
+        loss_rows.loss_rows(r.to(dtype).log_softmax(1), y, ignore, r)
         for r, y in zip(rows.split(part), targets.split(part), strict=True)
     ]
     if isinstance(parts[0], Tensor):
