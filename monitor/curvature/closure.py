@@ -72,7 +72,7 @@ class Point:
         """Views of a flat vector ``(…, n)``, shaped, typed and placed like the leaves."""
         lead = vector.shape[:-1]
         pairs = zip(vector.split(self.sizes, -1), self.leaves, strict=True)
-        parts = [part.reshape(*lead, *leaf.shape) for part, leaf in pairs]
+        parts = [part.reshape((*lead, *leaf.shape)) for part, leaf in pairs]
         if self._alike and vector.dtype == self.dtype and vector.device == self.device:
             return parts  # asking each would take 4 % of the product of a small network
         return [part.to(leaf) for part, leaf in zip(parts, self.leaves, strict=True)]

@@ -7,8 +7,8 @@ what its backward passes gave before they were averaged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +114,33 @@ def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtyp
     half = any(leaf.dtype in _HALF for leaf in point.leaves)
     dtype = torch.float32 if dtype is None and half else dtype
     closure, kept = as_run, None
-    if mode == "train" and dtype is None and not any(t.autocast for t in tapes):
+    casts = _casts(model)
+    if mode == "train" and dtype is None and not casts and not any(t.autocast for t in tapes):
         kept = torch.cat([gradient[slices[n]] for n in names])
     else:
-        losses = [_again(t, inverse, dtype=dtype) for t in tapes]
+        losses = [_again(t, inverse, casts, dtype=dtype) for t in tapes]
         closure = LossClosure.total(model, losses, mode=mode, dtype=dtype)
     return Rebuilt(closure, names, optimizers, kept, _examples(tapes), tapes)
+
+
+def is_of_step(moment: Moment, loss: Rebuilt, slices: Mapping[str, slice], gradient: Tensor) -> bool:
+    """Whether what is measured is the loss of the step: of one that was given, whether its gradient is the run's.
+
+    Args:
+        moment: with the gradients of the step.
+        loss: rebuilt or given.
+        slices: where in ``gradient`` each parameter's part is.
+        gradient: ``(n,)``, of ``loss`` with respect to its names.
+    """
+    if loss.tapes:
+        return True
+    live = loss.closure.named()
+    for o in loss.optimizers:
+        mine = {id(p) for group in o.param_groups for p in group["params"]}
+        pairs = [(gradient[at], live[name]) for name, at in slices.items() if id(live[name]) in mine]
+        if pairs and _fault(moment, o, pairs) is not None:
+            return False
+    return True
 
 
 def _model(moment: Moment) -> nn.Module:
@@ -135,11 +156,44 @@ def _trained(closure: LossClosure, optimizers: Sequence[Optimizer]) -> tuple[str
     return names
 
 
+def _casts(model: nn.Module) -> list[torch.autocast]:
+    """What turns autocast on in forwards that have been decorated with it, as Accelerate does and so `Trainer`."""
+    found = []
+    for m in model.modules():
+        forward: Any = m.forward
+        while forward is not None:
+            forward = getattr(forward, "__func__", forward)
+            for cell in getattr(forward, "__closure__", None) or ():
+                with suppress(ValueError):  # it is empty
+                    found += [cell.cell_contents] if isinstance(cell.cell_contents, torch.autocast) else []
+            forward = getattr(forward, "__wrapped__", None)
+    return [c for c in found if c._enabled]
+
+
+@contextmanager
+def _off(casts: Sequence[torch.autocast]) -> Iterator[None]:
+    for c in casts:
+        c._enabled = False
+    try:
+        yield
+    finally:
+        for c in casts:
+            c._enabled = True
+
+
 def _again(
-    tape: Tape, inverse: float, *, autocast: bool = False, dtype: torch.dtype | None = None
+    tape: Tape,
+    inverse: float,
+    casts: Sequence[torch.autocast] = (),
+    *,
+    autocast: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[], Tensor]:
+    """The loss of a tape, with ``autocast`` as it was; ``casts`` are turned off."""
+
     def loss() -> Tensor:
         with ExitStack() as stack:
+            stack.enter_context(_off(casts))
             for kind, narrow in tape.autocast.items() if autocast else ():
                 stack.enter_context(torch.autocast(kind, narrow, cache_enabled=False))
             # on data of its own: a model that changes its input in place must not change the user's once more
@@ -188,8 +242,31 @@ def _fault(moment: Moment, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, T
     near = any(abs(norm / expected - 1) <= NORM for expected in (1.0, clip) if expected > 0)
     if cosine >= COSINE and near:
         return None
+    if moment.local is None and _cut_off([(a, g) for a, p in pairs if (g := _given(moment, p)) is not None], unscale):
+        return None
     again = 1 / norm if norm else math.inf
     return f"its gradient has cosine {cosine:.6f} with {whose}, and {again:.4g} times its norm"
+
+
+def _cut_off(pairs: Sequence[tuple[Tensor, Tensor]], unscale: float) -> bool:
+    """True if the second of each pair is the first with its larger values cut off, as by `clip_grad_value_`.
+
+    At most half of them: of the others it has to be shown that they are the same.
+    """
+    limit = max((float(g.abs().max()) for _, g in pairs if g.numel()), default=0.0)
+    dot = mine = theirs = 0.0
+    cut = count = 0
+    for again, given in pairs:
+        a, g = again.double(), given.reshape(-1).double()
+        at = g.abs() == limit
+        if not bool((a[at] * g[at].sign() >= (1 - NORM) * limit * unscale).all()):
+            return False
+        cut, count = cut + int(at.sum()), count + at.numel()
+        a, g = a[~at], g[~at] * unscale
+        dot, mine, theirs = dot + float(a @ g), mine + float(a @ a), theirs + float(g @ g)
+    if not (1 < cut <= count / 2 and mine > 0 and theirs > 0):
+        return False
+    return dot >= COSINE * math.sqrt(mine * theirs) and abs(math.sqrt(theirs / mine) - 1) <= NORM
 
 
 def _clip(moment: Moment) -> float:
@@ -200,8 +277,8 @@ def _clip(moment: Moment) -> float:
 
 def _examples(tapes: Sequence[Tape]) -> int | None:
     found = 0
-    for tape in tapes:
-        args, kwargs = tape.inputs
+    # two losses of one forward have the same inputs
+    for args, kwargs in {id(kwargs): (args, kwargs) for args, kwargs in (tape.inputs for tape in tapes)}.values():
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if first is None:
             return None

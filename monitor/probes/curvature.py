@@ -34,7 +34,7 @@ from monitor.curvature.stability import stability
 from monitor.curvature.trace import Estimate, traces
 from monitor.errors import UsageError
 from monitor.probes import _cross_entropy
-from monitor.probes._rebuilt import Rebuilt, Refused, given, rebuilt
+from monitor.probes._rebuilt import Rebuilt, Refused, given, is_of_step, rebuilt
 from monitor.record import processes
 from monitor.record.probe import Moment, Probe
 
@@ -56,7 +56,7 @@ STRONGEST = 20
 #: Points of the table of the landscape in each direction.
 POINTS = 11
 
-SHARPNESS = ("value", "residual", "converged", "products", "examples", "parameters", "loss")
+SHARPNESS = ("value", "residual", "converged", "products", "examples", "parameters", "loss", "of_step")
 EIGENVALUE = ("value", "residual", "converged")
 TRACE = ("trace", "stderr", "frobenius", "frobenius_stderr", "samples")
 DENSITY = ("negative_ratio", "negative_weight", "negative", "smallest", "smallest_residual", "nodes")
@@ -233,6 +233,7 @@ class _Measurement:
         size = self.hessian.n * torch.finfo(self.hessian.dtype).bits // 8
         self.basis = max(options.top + 11, int(BASIS // size))
         self.most = MOST
+        self.of_step = True
 
     def run(self, kind: str) -> Tensor | None:
         """Measure and emit; the eigenvectors of the largest eigenvalues, ``(k, n)``, if it got that far."""
@@ -242,6 +243,7 @@ class _Measurement:
             if not bool(torch.isfinite(g).all()):
                 return None  # nothing is defined here, and the loss says so itself
             self._batch(g)
+            self.of_step = is_of_step(self.moment, self.loss, H.point.slices(), g)
             del g
             if kind == "batch":
                 return None
@@ -257,7 +259,7 @@ class _Measurement:
         u = sharpest[0]
         self._emit(
             "sharpness", SHARPNESS, "",
-            (*_first(top), run.products, self.loss.examples, H.n, value),
+            (*_first(top), run.products, self.loss.examples, H.n, value, float(self.of_step)),
         )  # fmt: skip
         self.now.start, self.now.names = u.to("cpu", copy=True), self.loss.names
         trace = self._spectrum(run, top) if full else None

@@ -1,8 +1,8 @@
 """What a probe is: a measurement that one ordinary training step does not show, such as a Hessian product.
 
-A probe runs on some steps, in the optimizer's pre-step hook: the parameters are those of the step's forward, the
-gradients are there, the update has not been made. It may run the models as often as its time allows; it must leave
-no trace and free what it built.
+A probe runs on some steps, in the optimizer's pre-step hook or, where that step was given a closure, after its first
+evaluation: the parameters are those of the step's forward, the gradients are there, the update has not been made. It
+may run the models as often as its time allows; it must leave no trace and free what it built.
 """
 
 from __future__ import annotations

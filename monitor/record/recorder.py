@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from torch.optim.optimizer import (
 )
 
 from monitor.errors import MonitorWarning
+from monitor.record.closure import Arguments, find_closure, watched, with_closure
 from monitor.record.copies import hook_calls
 from monitor.record.facts import compiled_regions, unwrap
 from monitor.record.flush import Taker
@@ -87,6 +89,9 @@ class Recorder:
         self.probed = 0.0  # part of it that probes took
         self.probes = probes
         self.probing = False  # a probe is due in this step
+        self.awaiting = False  # and measured when the closure that the step was given has been evaluated
+        self.evaluations = 0  # of that closure that have begun
+        self.in_closure = False
         self.rows = 0
         self.followed = Followed(optimizers, self.adopt if follow_all else None)
         for model in models:
@@ -108,6 +113,7 @@ class Recorder:
         self._expected: frozenset[int] = frozenset()
         self._unscaled_since_backward = False
         self._depth = 0
+        self._redirected: list[int] = []  # calls of modules that call something else in their place
         self._was_on, self._trained = False, False  # as it was before the forward: the mode, and `training`
         self.forwards = 0  # of root modules in this step
         self.blind = False  # calls inside one of them were not watched
@@ -132,6 +138,8 @@ class Recorder:
                 "on_output",
                 "on_evaluation",
                 "on_backward",
+                "before_closure",
+                "before_evaluation",
                 "before_update",
                 "on_step",
                 "on_row",
@@ -164,6 +172,12 @@ class Recorder:
         prefix = "" if root is self.roots[0] else f"model[{len(self.roots) - 1}]."
         for m in dict.fromkeys((model, root)):
             self._enter_at(m, prefix)
+        # a container cannot be called, nor need Lightning's module be, whose training step calls the parts
+        in_parts = (
+            callable(getattr(root, "training_step", None)) or getattr(type(root), "forward", None) is nn.Module.forward
+        )
+        if in_parts and not compiled_regions(root):
+            self._enter_at_parts(root)
 
     def _enter_at(self, module: nn.Module, prefix: str) -> None:
         """Hook the calls of ``module``, once. A layer that drops its fast path when it has hooks gets none."""
@@ -274,27 +288,61 @@ class Recorder:
 
     # ---- the step
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
         if self.active and os.getpid() == self._pid and not self._in_graph():
-            self._guard(self._begin_step, optimizer, len(args) > 1 or bool(kwargs))
+            return self._guard(self._begin_step, optimizer, args, kwargs)
+        return None
 
-    def _begin_step(self, optimizer: Optimizer, closure: bool) -> None:
+    def _begin_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Arguments | None:
+        """Returns: what the step is given instead, so that its closure is heard of."""
         if not self.followed.follows(optimizer, self.step):
-            return
+            return None
         self.in_step = True
+        self.evaluations, self.awaiting = 0, False
         self._ended.discard(id(optimizer))
         # nothing in a plain update is of interest, and every `p.grad` in it would pass through the mode; a closure runs
         # forward and backward in there
-        if not closure and self._here():
+        if not (len(args) > 1 or kwargs) and self._here():
             self.stack.set(False)
-        if self.probing and not self._row:
-            self.probing = False
-            self.mode.inside = True  # a probe runs the models: not one of those calls is the training's
-            try:
-                with alone():
-                    self._at("before_update", optimizer)
-            finally:
-                self.mode.inside = False
+        closure = find_closure(args, kwargs)
+        if closure is not None and not self._row:
+            with quiet():
+                self._at("before_closure", optimizer)
+        if self.probing and not self._row and not self.awaiting:
+            self._measure(optimizer)
+        if closure is None:
+            return None
+        begins = partial(self._guard, self._begin_evaluation, optimizer)
+        ends = partial(self._guard, self._end_evaluation, optimizer)
+        return with_closure(args, kwargs, watched(closure, begins, ends))
+
+    def _measure(self, optimizer: Optimizer) -> None:
+        self.probing = self.awaiting = False
+        self.mode.inside = True  # a probe runs the models: not one of those calls is the training's
+        try:
+            with alone():
+                self._at("before_update", optimizer)
+        finally:
+            self.mode.inside = False
+
+    def _begin_evaluation(self, optimizer: Optimizer) -> bool:
+        """The closure of a step is about to be evaluated; False if nobody cares for its end."""
+        if not self._here() or self.in_closure or os.getpid() != self._pid:
+            return False
+        self.in_closure = True
+        self.evaluations += 1
+        if self.awaiting and self.evaluations == 1:
+            with quiet():
+                self._at("before_evaluation", optimizer)
+        return True
+
+    def _end_evaluation(self, optimizer: Optimizer, done: bool) -> None:
+        self.in_closure = False
+        if not self._here() or os.getpid() != self._pid:
+            return
+        self.stack.set(False)  # the update follows, or another forward
+        if done and self.awaiting and self.evaluations == 1:
+            self._measure(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.active and os.getpid() == self._pid and not self._in_graph():
@@ -343,6 +391,9 @@ class Recorder:
             self._guard(self._begin_forward, module, args, kwargs)
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._depth == 0 and _redirected(module):
+            self._redirected.append(id(module))
+            return
         self._depth += 1
         if self._depth > 1:
             return
@@ -369,9 +420,14 @@ class Recorder:
         self._before_forward(module, args, {})
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():  # first of all: nothing of ours is to be guarded on
+            return
+        if self._depth == 0 and self._redirected and self._redirected[-1] == id(module):
+            self._redirected.pop()
+            return
         if "_is_replica" in vars(module):
             return
-        if not torch.compiler.is_compiling() and self._here() and self._depth > 0 and not transformed():
+        if self._here() and self._depth > 0 and not transformed():
             self._guard(self._end_forward, module, args, kwargs, output)
 
     def _end_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -430,8 +486,11 @@ class Recorder:
         return fast
 
     def _here(self) -> bool:
-        here = self.active and not self.mode.inside and self._thread in (None, threading.get_ident())
-        return here and not self._in_graph()
+        if self._thread in (None, threading.get_ident()):
+            return self.active and not self.mode.inside and not self._in_graph()
+        if self.mode.on_stack():  # the training goes on in another thread than it seemed to
+            self.mode.leave()
+        return False
 
     def _rearm(self) -> None:
         """After a step: off the stack until the next training forward, if there are forwards we see."""
@@ -441,6 +500,7 @@ class Recorder:
         self.forwards = 0
         self.blind = False
         self._depth = 0
+        self._redirected.clear()
 
     def _look_for_entries(self) -> None:
         """No root module was called in this step: the user calls a wrapper or the children themselves."""
@@ -450,7 +510,11 @@ class Recorder:
         if wrappers or any(compiled_regions(r) for r in self.roots):
             return
         for root in self.roots:
-            for name, child in children_called(root):
+            self._enter_at_parts(root)
+
+    def _enter_at_parts(self, root: nn.Module) -> None:
+        for name, child in children_called(root):
+            if next(child.parameters(), None) is not None:  # otherwise it is a loss, or a metric
                 self._enter_at(child, f"{self.prefix(root)}{name}.")
 
     def _backward_begins(self, args: Any, kwargs: Any, result: Any) -> None:
@@ -490,13 +554,16 @@ class Recorder:
 
         return call
 
-    def _guard(self, what: Callable[..., None], *args: Any) -> None:
+    def _guard(self, what: Callable[..., Any], *args: Any) -> Any:
+        """What it returns; None if it raises."""
         begin = time.perf_counter()
         try:
-            what(*args)
+            return what(*args)
         except Exception as e:
             self._fail("recorder", e)
-        self.spent += time.perf_counter() - begin
+            return None
+        finally:
+            self.spent += time.perf_counter() - begin
 
     def _at(self, moment: str, *args: Any) -> None:
         for site, what in (self._on_others if self._left_out else self._on)[moment]:
@@ -593,6 +660,15 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _redirected(module: nn.Module) -> bool:
+    """True if it calls Lightning's training step instead: no call of the model, which calls its parts in there.
+
+    So Lightning has the training step called by a wrapper that averages gradients, which calls the module.
+    """
+    root = unwrap(module)
+    return isinstance(root.__dict__.get("forward"), types.FunctionType) and hasattr(root, "training_step")
 
 
 def _both(first: Watcher | None, second: Watcher) -> Watcher:

@@ -61,8 +61,17 @@ class Site:
     def on_backward(self) -> None:
         """Backward is about to run."""
 
+    def before_closure(self, optimizer: Optimizer) -> None:
+        """The first optimizer of a row has begun a step with a closure, whose evaluations will be heard of."""
+
+    def before_evaluation(self, optimizer: Optimizer) -> None:
+        """That closure is evaluated for the first time in this step; only where a probe waits for the end of it."""
+
     def before_update(self, optimizer: Optimizer) -> None:
-        """The first optimizer of a row is about to make its update. Function modes entered in here do see calls."""
+        """The first optimizer of a row is about to make its update. Function modes entered in here do see calls.
+
+        If its step was given a closure, that may have been evaluated once.
+        """
 
     def on_step(self, optimizer: Optimizer) -> None:
         """One optimizer has just made an update; gradients are still there."""

@@ -143,6 +143,15 @@ class Tape:
         self.severed = self._end is not None and any(c.severed for c in self._behind(self._end.call))
         self._gradient = None if gradient is None else gradient.detach().clone()
         self.loss = float(loss.detach()) if read and loss.numel() == 1 else None
+
+    def twin(self) -> Tape:
+        """The same calls, for another loss among what they gave, on which `backward` is called next."""
+        twin = object.__new__(Tape)
+        twin.__dict__ = dict(self.__dict__)
+        return twin
+
+    def close(self) -> None:
+        """No `backward` follows any more: let go of what the calls gave."""
         self._where, self._alive = {}, []
 
     def _behind(self, last: int) -> list[_Call]:
@@ -185,8 +194,8 @@ class Tape:
 
     def copy(self, dtype: torch.dtype | None = None) -> Tape:
         """The same calls on data of their own, whatever becomes of the batch; in another precision if given."""
-        twin = object.__new__(Tape)
-        twin.__dict__ = dict(self.__dict__)
+        twin = self.twin()
+        twin.close()
         data: dict[int, Tensor] = {}
 
         def own(x: Any) -> Any:

@@ -16,12 +16,16 @@ from torch.nn import functional as F
 
 import monitor
 from monitor.record import processes
+from tests.probes.curvature.runs import column
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Trainings of which the curvature is measured at step 0, 3 and 6.
-MEASURED = ("plain", "accumulated", "autocast", "views", "static", "unused", "halved", "wrapper", "oracle")
+MEASURED = (
+    "plain", "accumulated", "autocast", "views", "static", "unused", "halved", "wrapper", "oracle", "closure",
+    "closures",
+)  # fmt: skip
 #: Others, with the steps at which it is measured; or what is said.
-INNER, PAIR = [3, 6], [3, 6]
+INNER, PAIR = [3, 6], [0, 3, 6]
 REFUSED = {
     "gathering": "Gathering calls allreduce of torch.distributed, in which all processes must take part; measure",
     "gathered": "a function that computes it without what other processes know",
@@ -84,6 +88,28 @@ def test_the_model_alone_was_given(folder: Path) -> None:
     steps, values = run.series("sharpness.value")
     assert steps.tolist() == INNER
     np.testing.assert_allclose(values, control.series("sharpness.value")[1][1:], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [("closure", "plain"), ("closures", "accumulated")])
+def test_a_closure(inside: str, outside: str, folder: Path) -> None:
+    """Oracle: invariance. Whether forward and backward run before the optimizer's step or inside it."""
+    run, control = monitor.open(folder / inside), monitor.open(folder / outside)
+    for ref in ("sharpness.value", "batch_sharpness.gradient_norm", "loss.value"):
+        np.testing.assert_allclose(run.series(ref)[1], control.series(ref)[1], rtol=1e-4, err_msg=ref)
+
+
+@pytest.mark.slow
+def test_lightning(tmp_path: Path) -> None:
+    """Oracle: invariance. What Lightning logs, parameters and optimizer states of both, with and without."""
+    pytest.importorskip("lightning")
+    lines = together("tests.probes.together", tmp_path, ["lightning"])
+    assert sorted(lines)[0::2] == [f"rank {rank} lightning same" for rank in range(2)]
+    run = monitor.open(tmp_path / "lightning")
+    assert run.series("sharpness.value")[0].tolist() == [0, 3, 6]
+    assert column(run, "sharpness.examples") == [16] * 3
+    assert set(column(run, "loss.micro_steps")) == {2}
+    assert len(column(run, "clip.coefficient")) == 7
+    assert not run.warnings
 
 
 def test_two_wrapped_models(folder: Path) -> None:

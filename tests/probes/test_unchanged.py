@@ -20,8 +20,6 @@ QUICK = ("plain", "accumulation", "scaler", "two_optimizers")
 #: Trainings of which a probe cannot be measured, and what is said about them.
 REFUSED = {
     ("checkpointing_reentrant", "jacobian_spectrum"): "use_reentrant",
-    ("lbfgs", "jacobian_spectrum"): "no call of backward was seen",
-    ("lbfgs", "trajectory_kl"): "no call of backward was seen",
     ("two_optimizers", "jacobian_spectrum"): "pass loss=",
     ("two_optimizers", "trajectory_kl"): "pass inputs=",
 }

@@ -9,8 +9,10 @@ Each process says for every kind whether all that must not change is the same bi
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,9 +66,13 @@ def loop(
     scaled: bool = False,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     inner: bool = False,
+    closure: bool = False,
     **options: Any,
 ) -> str:
-    """Train; ``micro`` batches a step, of which the last is averaged with the other process."""
+    """Train; ``micro`` batches a step, of which the last is averaged with the other process.
+
+    With a ``closure`` the last one's forward and backward run inside the optimizer's step.
+    """
     digest = Digest()
     if inner:
         watch(model)
@@ -77,11 +83,21 @@ def loop(
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
     for i, (x, y) in enumerate(batches(STEPS * micro)):
         last = i % micro == micro - 1
-        with called.no_sync() if not last else torch.enable_grad():
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                found = loss(called(x), y) / micro
-            scaler.scale(found).backward()
-        digest.add(found)
+
+        def again(x: Tensor = x, y: Tensor = y, last: bool = last) -> Tensor:
+            with called.no_sync() if not last else torch.enable_grad():
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    found = loss(called(x), y) / micro
+                scaler.scale(found).backward()
+            if closure and last and clip:
+                nn.utils.clip_grad_norm_(called.parameters(), clip)
+            return found
+
+        if closure and last:
+            digest.add(opt.step(again))  # pyright: ignore[reportArgumentType, reportCallIssue]
+            opt.zero_grad()
+            continue
+        digest.add(again())
         if last:
             scaler.unscale_(opt)
             if clip:
@@ -167,6 +183,44 @@ def by_hand(watch: Watch) -> str:
     return digest.finish(model, opt)
 
 
+def lightning(watch: Watch) -> str:
+    """Lightning calls its own training step through the wrapper."""
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]  # so it starts no process of its own
+    digest = Digest()
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.norm = Net(), nn.LayerNorm(5)
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            loss = F.cross_entropy(self.norm(self.net(batch[0])), batch[1])
+            self.log("loss", loss, on_step=True, on_epoch=True)
+            digest.add(loss)
+            return loss
+
+        def on_train_epoch_end(self) -> None:
+            digest.add({k: float(v) for k, v in self.trainer.callback_metrics.items()})
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    lightning.seed_everything(0, verbose=False)
+    module = Module()
+    watch(module)
+    trainer = lightning.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+        enable_model_summary=False, strategy="ddp", devices=2, gradient_clip_val=0.5, accumulate_grad_batches=2,
+    )  # fmt: skip
+    data = batches(4 * STEPS)  # of which Lightning gives each process every other one
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # pyright: ignore[reportArgumentType]
+    return digest.finish(module, *trainer.optimizers)
+
+
 def speaking() -> dict[str, Callable[[], object]]:
     """Every way to speak to the other process."""
     t, pieces = torch.ones(4), [torch.zeros(4), torch.zeros(4)]
@@ -242,6 +296,9 @@ KINDS: dict[str, Callable[[Watch], str]] = {
     "views": net(gradient_as_bucket_view=True, clip=0.3),
     "static": net(static_graph=True),
     "unused": net(find_unused_parameters=True),
+    "closure": net(closure=True),
+    "closures": net(closure=True, micro=3, clip=0.3),
+    "lightning": lightning,
     "inner": net(find_unused_parameters=True, inner=True),
     "halved": halved,
     "pair": pair,

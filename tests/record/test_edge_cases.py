@@ -16,6 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,21 @@ def test_a_search_over_models_keeps_only_the_last(made: Callable[[], nn.Module],
     assert [monitor.open(tmp_path / f"run{i}").status for i in range(4)] == ["finished"] * 4
 
 
+def test_a_part_that_is_looked_at_is_called_by_itself(tmp_path: Path) -> None:
+    """Oracle: definition. A normalisation that no module calls, but the script, is read like any other, by its name."""
+    model = nn.ModuleDict({"body": nn.Linear(12, 8), "norm": nn.LayerNorm(8), "head": nn.Linear(8, 5)})
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(12):
+            opt.zero_grad()
+            z = model["head"](model["norm"](model["body"](torch.randn(8, 12))))
+            F.cross_entropy(z, torch.randint(0, 5, (8,))).backward()
+            opt.step()
+    run = clean(tmp_path / "run", 12)
+    assert run.modules("norm_layer.rms") == ("norm",)
+    assert run.series("norm_layer.tokens", "norm")[1].tolist() == [8, 8, 8]
+
+
 def test_parts_in_a_container_made_for_attach_are_recorded_on(tmp_path: Path) -> None:
     """Oracle: definition. Nobody holds the container, but its parts: that recording is not taken for left behind."""
     one, two = mlp(6, 12), mlp(12, 5)
@@ -542,6 +558,41 @@ def test_training_in_another_thread_than_attach(tmp_path: Path) -> None:
         thread.start()
         thread.join()
     assert clean(tmp_path / "run", 5).series("loss.value")[0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_thread_that_evaluates_is_left_alone(tmp_path: Path) -> None:
+    """Oracle: invariance. It called the model first, with gradients; its evaluations are then what they are without.
+
+    A layer in evaluation leaves its fast path where a mode is on the thread's stack, and its bits change.
+    """
+
+    def recorded(folder: Path | None) -> tuple[list[float], list[int]]:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 4))
+        opt = torch.optim.SGD(model.parameters(), 0.1)
+        x, y = torch.randn(8, 5, 16), torch.randint(0, 4, (8, 5)).flatten()
+        seen: list[float] = []
+        left: list[int] = []
+
+        def evaluate() -> None:
+            with torch.no_grad():
+                seen.append(float(F.cross_entropy(model.eval()(x).flatten(0, 1), y)))
+            left.append(len(_get_current_function_mode_stack()))
+
+        with contextlib.nullcontext() if folder is None else monitor.attach(model, folder), ThreadPoolExecutor(1) as it:
+            it.submit(lambda: F.cross_entropy(model(x).flatten(0, 1), y)).result()
+            for _ in range(4):
+                opt.zero_grad()
+                F.cross_entropy(model.train()(x).flatten(0, 1), y).backward()
+                opt.step()
+                it.submit(evaluate).result()
+        return seen, left
+
+    seen, left = recorded(tmp_path / "run")
+    assert left == [0] * 4
+    assert seen == recorded(None)[0]
+    assert clean(tmp_path / "run", 4).series("loss.value")[0].tolist() == [1, 2, 3]
 
 
 def test_an_error_at_attach_is_no_reason_not_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

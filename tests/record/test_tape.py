@@ -55,8 +55,8 @@ def followed(training: Callable[[Watch], str], folder: Path, probe: Probe) -> tu
     return digest, monitor.open(folder)
 
 
-#: A closure's forwards run inside the optimizer's step, and a reentrant checkpoint refuses `autograd.grad`.
-REPLAYED = [t for t in trainings.ALL if t not in (trainings.lbfgs, trainings.checkpointing_reentrant)]
+#: A reentrant checkpoint refuses `autograd.grad`.
+REPLAYED = [t for t in trainings.ALL if t is not trainings.checkpointing_reentrant]
 
 
 class Untouched(Probe):

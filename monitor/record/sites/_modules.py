@@ -85,7 +85,8 @@ class ModuleSite(Site, ABC):
         self._left_out = max(self._left_out, len(chosen) - MOST)
         for m, name in chosen[:MOST]:
             look = _Look(self, name)
-            look.handle = m.register_forward_hook(look, with_kwargs=True)
+            # first: where the call of `m` itself has been told of, the end of that call is what takes it away again
+            look.handle = m.register_forward_hook(look, with_kwargs=True, prepend=True)
             self._hooks.append(look.handle)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -150,7 +151,7 @@ class _Look:
 
 def named(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """Every module of ``root`` with its name, without what wrappers add."""
-    return [(prefix + clean(name), m) for name, m in root.named_modules()]
+    return [((prefix + clean(name)).removesuffix("."), m) for name, m in root.named_modules()]
 
 
 def _compiled(module: nn.Module) -> bool:

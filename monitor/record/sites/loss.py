@@ -23,12 +23,14 @@ class _Call:
     """One call of backward: its loss, the attempt at an update it belongs to, and whether a closure made it.
 
     Attributes:
+        evaluation: which evaluation of the closure in this step made it, from 1 on; 0 if that is not known.
         anew: True if the gradients of the call before had been removed when it began.
     """
 
     value: Tensor | float
     epoch: int
     in_step: bool
+    evaluation: int
     anew: bool
 
 
@@ -76,7 +78,8 @@ class LossSite(Site):
                 self._why = "backward was called on a tensor with more than one element"
                 continue
             value = loss.item() if self.rec.on_cpu else loss.detach().reshape(()).float()
-            self._calls.append(_Call(value, self.rec.epoch, self.rec.in_step, anew))
+            evaluation = self.rec.evaluations if self.rec.in_closure else 0
+            self._calls.append(_Call(value, self.rec.epoch, self.rec.in_step, evaluation, anew))
             anew = False
 
     def on_step(self, optimizer: Optimizer) -> None:
@@ -84,8 +87,9 @@ class LossSite(Site):
         calls = [c for c in self._calls if c.epoch == self.rec.epoch]
         self._calls.clear()
         inside = [c for c in calls if c.in_step]
-        if len(inside) > 1:  # a closure evaluated again and again along a search direction
-            calls = inside[:1]
+        first = [c for c in inside[1:] if c.evaluation == inside[0].evaluation > 0]
+        if len(inside) > 1 + len(first):  # a closure evaluated again and again along a search direction
+            calls = [inside[0], *first]
         if not self.rec.blind:
             self._usual = len(calls), self.rec.forwards
         elif len(calls) < self._usual[0] and self.rec.forwards >= self._usual[1]:

@@ -9,12 +9,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from monitor.curvature.environment import RandomState
 from monitor.probes.pathways import Pathways
 from monitor.record import processes
+from monitor.record.closure import fingerprint
 from monitor.record.facts import unwrap
 from monitor.record.mode import Watcher
 from monitor.record.private import compiles
@@ -27,19 +29,26 @@ from monitor.record.tape import Tape
 KEEP = 64 << 20
 #: Why a batch cannot be played again.
 UNSEEN = "between model and loss something is computed that cannot be seen: a torch.autograd.Function, a compiled one"
+#: Steps at which a probe may be due in vain, for there was no backward or none to be seen, before it is given up.
+ATTEMPTS = 3
 #: Probes that run though nobody asked for them.
 DEFAULT: tuple[type[Probe], ...] = (Pathways,)
 
 
 @dataclass
 class _Scheduled:
-    """A probe and what it has cost so far, in seconds."""
+    """A probe and what it has cost so far, in seconds.
+
+    Attributes:
+        untaped: times that it was due and the calls of the step were not seen, since it was last measured.
+    """
 
     probe: Probe
     spent: float = 0.0
     last: float | None = None
     why_not: str | None = None
     asked: bool = False
+    untaped: int = 0
 
     def due(self, step: int, elapsed: float, steps: int) -> bool:
         """True if it is measured at ``step``, ``elapsed`` seconds and ``steps`` steps after the first."""
@@ -51,7 +60,12 @@ class _Scheduled:
 
 
 class ProbeSite(Site):
-    """Measures the probes before the first update of a step."""
+    """Measures the probes before the first update of a step.
+
+    Where forward and backward run in a closure that the optimizer's step was given: after its first evaluation, which
+    is still before the update. Not if the parameters have been moved by then, as optimizers do that look for sharp
+    losses: what is measured has to be the loss at the parameters of the step.
+    """
 
     name = "probe"
 
@@ -66,12 +80,17 @@ class ProbeSite(Site):
         self._began = 0.0
         self._steps = 0
         self._spent = 0.0  # by the recorder before the first step
+        self._joined = False
         self._due: list[_Scheduled] = []
         self._decided = -1
         self._tape: Tape | None = None
+        self._ended = False  # at a backward; the next forward begins another
         self._tapes: list[tuple[int, Tape]] = []  # with the attempt at an update that they belong to
         self._first: Tape | None = None
         self._why_no_tape = self._why_no_first = ""
+        self._before: tuple[Optimizer, Tensor] | None = None  # its parameters when the step began
+        #: Optimizers that evaluate a closure elsewhere or not at all: theirs is not waited for.
+        self._at_once: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._local: processes.LocalGradients | None = None
         self._averaging: list[weakref.ref[nn.Module]] = []  # what averages gradients over processes
 
@@ -81,13 +100,16 @@ class ProbeSite(Site):
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide what is due in this step, and whether it has to be taped."""
-        late = self._steps == 0 and self._join(module)
+        late = not self._joined and self._join(module)
+        self._joined = True
         if self._decided != self.rec.step:
             self._decide()
         if late:
             self._due, self.rec.probing = [], False
             return
         self.rec.mode.tape = None  # what happens inside a root module is played again by calling it
+        if self._ended:
+            self._close()
         if self._tape is None and (self._keeps or any(s.probe.taped for s in self._due)):
             random = RandomState.capture([self.rec.device])
             self._tape = Tape(self.rec.roots, random)
@@ -103,7 +125,8 @@ class ProbeSite(Site):
         if self._steps <= 1:  # the first step also pays for looking around, which is not the training's time
             self._began, self._spent = now, self.rec.spent
         self._decided = self.rec.step
-        self._tape = self._local = None
+        self._close()
+        self._local = self._before = None
         self._tapes.clear()
         elapsed = now - self._began - (self.rec.spent - self._spent)  # the training's own time
         self._due = [s for s in self._all if s.due(self.rec.step, elapsed, self._steps)]
@@ -143,18 +166,25 @@ class ProbeSite(Site):
             except Exception as e:
                 self._why_no_tape = f"{getattr(func, '__name__', func)} cannot be taped: {type(e).__name__}: {e}"
                 self._tape = self.rec.mode.tape = None
+                self._ended = False
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self.rec.mode.tape = None
-        tape, self._tape = self._tape, None
-        if tape is None or self.rec.in_step:
+        if self.rec.in_step and not (self.rec.in_closure and self.rec.evaluations == 1):
+            self._tape = None  # of a loss somewhere else
+        if self._tape is None:
             return
         given = losses(args, kwargs)
         gradient = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
-        if len(given) != 1 or not (gradient is None or isinstance(gradient, Tensor)):
-            self._why_no_tape = "backward was called on several tensors at once"
-            return
-        tape.end(given[0], gradient, self.rec.on_cpu)
+        gradients = gradient if isinstance(gradient, Sequence) else [gradient] * len(given)
+        for loss, g in zip(given, gradients, strict=True):
+            self._lost(self._tape, loss, g)
+
+    def _lost(self, tape: Tape, loss: Tensor, gradient: Tensor | None) -> None:
+        """Backward is called on ``loss``, maybe not the first that was made of the last forward."""
+        tape = tape.twin() if self._ended else tape
+        self._ended = True
+        tape.end(loss, gradient, self.rec.on_cpu)
         if not tape.complete:
             self._why_no_tape = "the loss does not stem from a call of the model that can be seen"
             return
@@ -168,10 +198,47 @@ class ProbeSite(Site):
             else:
                 self._first = tape.copy()
 
+    def _close(self) -> None:
+        """End the tape of the last forward and those of the losses made of it."""
+        for tape in (self._tape, *(tape for _, tape in self._tapes)):
+            if tape is not None:
+                tape.close()
+        self._tape, self._ended = None, False
+
+    def before_closure(self, optimizer: Optimizer) -> None:
+        """Wait for its first evaluation if something is due."""
+        if self._decided != self.rec.step:
+            self._decide()
+        if self._due and optimizer not in self._at_once:
+            self.rec.awaiting = True
+            if self._before is None:  # otherwise its step has called that of its parent class, or of another
+                self._before = optimizer, fingerprint(optimizer)
+
+    def before_evaluation(self, optimizer: Optimizer) -> None:
+        """Wait no longer if the parameters are no more those of the step."""
+        if self._before is None:
+            return
+        (outer, bits), self._before = self._before, None
+        if not torch.equal(bits, fingerprint(outer)):
+            self._at_once.add(outer)
+            self._give_up(optimizer, "the optimizer changes the parameters before it evaluates its closure")
+
+    def on_step(self, optimizer: Optimizer) -> None:
+        """A closure that was waited for has not been evaluated."""
+        if self.rec.awaiting:
+            self._give_up(optimizer, "the optimizer does not evaluate its closure")
+
+    def _give_up(self, optimizer: Optimizer, why: str) -> None:
+        """Measure nothing in this step, and from the next on before the closure of this optimizer."""
+        self.rec.awaiting = self.rec.probing = False
+        self._at_once.add(optimizer)
+        self._why_no_tape = why
+
     def before_update(self, optimizer: Optimizer) -> None:
         """Run what is due, once a step, on the tapes of this attempt at an update."""
         due, self._due = self._due, []
         tapes = [tape for epoch, tape in self._tapes if epoch == self.rec.epoch]
+        self._close()
         self._tapes.clear()
         local = None if self._local is None else self._local.take(self.rec.epoch)
         self._local = None
@@ -183,17 +250,21 @@ class ProbeSite(Site):
             if s.why_not is not None:
                 continue
             if (p.taped and not tapes) or (p.keeps_first and self._keeps):
-                s.why_not = self._why_no_tape or "no call of backward was seen"
+                s.untaped += 1
+                s.why_not = self._untaped() if s.untaped == ATTEMPTS else None
             elif p.keeps_first and self._first is None:
                 s.why_not = self._why_no_first
             else:
+                s.untaped = 0
                 self._measure(s, optimizer, tapes if p.taped else [], local)
         if all(s.why_not is not None for s in self._all if s.probe.keeps_first):
             self._first = None  # nobody is left to need it
 
     def on_row(self) -> None:
         """Nothing of a step is kept beyond it, also of a forward that no backward followed."""
-        self._tape = self.rec.mode.tape = self._local = None
+        self._close()
+        self.rec.mode.tape = self._local = self._before = None
+        self._tapes.clear()
 
     def _measure(
         self, s: _Scheduled, optimizer: Optimizer, tapes: Sequence[Tape], local: Mapping[int, Tensor] | None
@@ -240,11 +311,16 @@ class ProbeSite(Site):
         for s in self._all:
             if s.why_not is not None:
                 found += [(s.probe.name, s.why_not)] if not s.probe.default or s.spent > 0 else []
+            elif s.untaped and s.spent == 0:
+                found.append((s.probe.name, self._untaped()))
             elif s.spent == 0 and s.probe.every is None and not (s.probe.default and s.probe.wanted(self.rec)):
                 found.append((s.probe.name, f"not within its share of {s.probe.share:.0%} of the time so far"))
             elif (unmet := s.probe.unmet()) is not None:
                 found.append((s.probe.name, unmet))
         return found
+
+    def _untaped(self) -> str:
+        return self._why_no_tape or "no call of backward was seen"
 
 
 def _said(why: str, probe: Probe) -> str:

@@ -40,8 +40,12 @@ class StateSite(Site):
         }
 
     def _multiply(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """``clip_grad_norm_`` multiplies all gradients by one 0-d coefficient; optimizers do so only inside a step."""
-        if self.rec.in_step or len(args) < 2:
+        """``clip_grad_norm_`` multiplies all gradients by one 0-d coefficient; optimizers do so only inside a step.
+
+        A step's closure may clip as well; evaluated again and again, it does for the first of them.
+        """
+        inside = self.rec.in_step and not (self.rec.in_closure and self.rec.evaluations == 1)
+        if inside or len(args) < 2:
             return
         tensors, factor = args[0], args[1]
         if isinstance(factor, Tensor) and factor.dim() == 0 and tensors and self.rec.is_gradient(tensors[0]):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import monitor
+from monitor.diagnosis.remarks import remarks
 from monitor.probes.curvature import Curvature
 from tests.probes.curvature.runs import absent, column
 from tests.record import trainings
@@ -72,6 +73,31 @@ def test_a_loss_of_the_users_is_taken(tmp_path: Path) -> None:
     # one more update would have been made on this
     later = monitor.curvature.spectrum(model, F.cross_entropy, (x, y), top=1, steps=0, samples=0).sharpness
     assert found[0][-1] == pytest.approx(later, rel=0.2)
+
+
+@pytest.mark.parametrize("held_out", [False, True], ids=["the step's batch", "other data"])
+def test_a_given_loss_is_told_from_that_of_the_training(held_out: bool, tmp_path: Path) -> None:
+    """Oracle: planted fault. A loss whose gradient is the run's is that of the step; of other data nothing is judged.
+
+    Trained far above the edge on one batch, it diverges: found by the sharpness of that batch alone.
+    """
+    trainings.seed()
+    model = nn.Linear(12, 1)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    x, y = torch.randn(64, 12), torch.randn(64, 1)
+    data = (torch.randn(64, 12), y) if held_out else (x, y)
+    curvature = Curvature(every=1, loss_closure=(F.mse_loss, data))
+    with monitor.attach(model, tmp_path / "run", curvature=curvature, every=1):
+        for _ in range(12):
+            opt.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+            opt.step()
+    run = monitor.open(tmp_path / "run")
+    assert set(column(run, "sharpness.of_step")) == {float(not held_out)}
+    assert ("above_edge_of_stability" in {f.rule for f in run.findings()}) != held_out
+    told = [r.text for r in remarks(run, run.verdict()) if r.family == "curvature"]
+    assert not any("learning rate allows" in text for text in told)
 
 
 def test_losses_are_accepted_whatever_terms_they_have(tmp_path: Path) -> None:

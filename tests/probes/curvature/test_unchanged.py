@@ -20,7 +20,7 @@ from tests.record import trainings
 from tests.record.trainings import Watch
 
 #: Trainings whose loss cannot be measured, and what is said about them.
-REFUSED = {"checkpointing_reentrant": "use_reentrant=False", "lbfgs": "no call of backward was seen"}
+REFUSED = {"checkpointing_reentrant": "use_reentrant=False"}
 
 
 class Normed(nn.Module):
@@ -90,7 +90,7 @@ def test_bitwise_equal(training: Callable[[Watch], str], tmp_path: Path) -> None
     run = monitor.open(tmp_path / "run")
     why = REFUSED.get(training.__name__)
     if why is None:
-        assert not run.warnings
+        assert run.warnings == [] or training is trainings.lbfgs  # of which no edge of stability is known
         assert all(value > 0 for value in column(run, "sharpness.value"))
         assert run.series("sharpness.value")[0][-1] == (15 if run.steps > 15 else 0)
         assert column(run, "sharpness.converged")[0] == 1
