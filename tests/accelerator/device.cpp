@@ -225,6 +225,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     return at::detail::createCPUGenerator();
   }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t n) const override {
+    c10::DeviceGuard on(storage.device());
     auto fresh = allocator.allocate(n);
     std::memcpy(fresh.get(), storage.data(), std::min(n, storage.nbytes()));
     storage.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(fresh));

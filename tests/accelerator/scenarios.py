@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import scatter_gather
 
 import monitor
 from monitor.record.recorder import Recorder
+from monitor.record.site import Site
 from tests.accelerator import emulated
 
 #: Called with the model and its optimizer before the first step; gives the handle, or None in the control.
@@ -108,9 +110,9 @@ def _inside(context: AbstractContextManager[Any]) -> Iterator[None]:
     """What the recorder does is in ``context``; the modes of others do not meet it."""
     tell, close = Recorder._tell, Recorder._close_row
 
-    def told(self: Recorder, *args: Any) -> None:
+    def told(self: Recorder, site: Site, what: Callable[..., None], *args: Any) -> None:
         with context:
-            tell(self, *args)
+            tell(self, site, what, *args)
 
     def closed(self: Recorder) -> None:
         with context:
@@ -134,7 +136,8 @@ def experts(attach: Attach) -> nn.Module:
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, num_experts=4, num_experts_per_tok=2, eos_token_id=0,
     )  # fmt: skip
-    model = transformers.OlmoeForCausalLM(config).to(DEVICE).train()
+    model: nn.Module = transformers.OlmoeForCausalLM(config)
+    model.to(DEVICE).train()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     data = torch.randint(0, 96, (8, 16)).to(DEVICE)
     attach(model, opt)
@@ -195,12 +198,12 @@ def scaler(attach: Attach) -> nn.Module:
 
 def _data_parallel(attach: Attach, wrapper: bool) -> nn.Module:
     # what torch has for CUDA alone
-    parallel = torch.nn.parallel
-    parallel.replicate.__globals__["_broadcast_coalesced_reshape"] = lambda tensors, devices, detach=False: [
+    replicate = torch.nn.parallel.replicate
+    replicate.__globals__["_broadcast_coalesced_reshape"] = lambda tensors, devices, detach=False: [
         [t.to(f"{emulated.NAME}:{d}") for t in tensors] for d in devices
     ]
-    parallel.scatter_gather.Scatter = type("Scatter", (), {"apply": staticmethod(_scatter)})
-    parallel.scatter_gather.Gather = type("Gather", (), {"apply": staticmethod(_gather)})
+    setattr(scatter_gather, "Scatter", type("Scatter", (), {"apply": staticmethod(_scatter)}))  # noqa: B010
+    setattr(scatter_gather, "Gather", type("Gather", (), {"apply": staticmethod(_gather)}))  # noqa: B010
     inside = nn.Sequential(nn.Linear(12, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 5)).to(DEVICE)
     model = nn.DataParallel(inside, device_ids=[0, 1])
     opt = torch.optim.Adam(inside.parameters(), lr=1e-3)

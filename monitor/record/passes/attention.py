@@ -10,6 +10,9 @@ gives ``Σ_j p_ij k_j``, so that ``H_i = lse_i − scale · ⟨q_i, Σ_j p_ij k_
 Attention written by hand has all its logits in memory. Reading them for the largest one costs a sixteenth of their
 softmax, so it is that of all rows; the rest is a sample too.
 
+Here is what a CPU computes, in numpy, where a call costs a fifth of one of torch's; what an accelerator does is in
+`monitor.record.passes.attention_together`.
+
 Source: Wortsman et al. (2023), Small-scale proxies for large-scale Transformer training instabilities, sec. 3, for the
 largest logit; the rest by definition.
 """
@@ -24,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from monitor.record.passes.dtype import sum_dtype
 
 STATS = (
     "lse_max", "lse_lower", "found", "unread", "qk_bound", "q_norm", "k_norm", "n", "n_many", "sum_entropy",
@@ -40,25 +45,33 @@ TOP = 16
 _MASKED = 0.5
 #: Where only logits are there, a key is masked out if its logit is at or below this (a mask of -1e9 or of the lowest
 #: number is in it), or so far below the largest of its row (an old mask of -1e4) that its share is 0 in any format.
-_LOWEST, _BELOW = -1e8, 5e3
+_LOWEST, BELOW = -1e8, 5e3
 # exp(-200) is 0 in every sum here; the clip keeps -inf logits (masked keys) out of 0 * inf
 _DEEP = -200
 
-Rows = Tensor | np.ndarray
+
+def unseen_below(mask: Tensor) -> float:
+    """At and below which a number of a mask takes the key out; -inf for one that is bool."""
+    return -math.inf if mask.dtype == torch.bool else _MASKED * torch.finfo(mask.dtype).min
 
 
-def lse_max(lse: Tensor) -> Rows:
+def lowest(dtype: torch.dtype) -> float:
+    """At and below which a logit of this dtype is one of a key that is masked out."""
+    return max(_LOWEST, _MASKED * torch.finfo(dtype).min)
+
+
+def lse_max(lse: Tensor) -> np.ndarray:
     """The bound alone: the largest log-sum-exp of each head.
 
     Args:
-        lse: ``(batch, head, query)``, at least one query; read only.
+        lse: ``(batch, head, query)``, at least one query, on a CPU; read only.
 
     Returns:
-        ``(head,)``: an array on a CPU, a tensor elsewhere. NaN where there is one.
+        ``(head,)``. NaN where there is one.
 
-    Cost: one read of ``lse``; no host sync.
+    Cost: one read of ``lse``.
     """
-    return np.amax(lse.numpy(), axis=(0, 2)) if lse.device.type == "cpu" else lse.amax((0, 2))
+    return np.amax(lse.numpy(), axis=(0, 2))
 
 
 def merge(old: Any, new: Any) -> Any:
@@ -77,11 +90,11 @@ def attention_rows(
     causal: bool = False,
     mask: Tensor | None = None,
     lse: Tensor | None = None,
-) -> Rows:
+) -> np.ndarray:
     """The statistics `STATS` of each head.
 
     Args:
-        q: ``(batch, head, query, d)``, any floating dtype; read only.
+        q: ``(batch, head, query, d)``, any floating dtype, on a CPU; read only.
         k: ``(batch, key head, key, d)``; the number of heads is a multiple of that of key heads, which serve
             neighbouring heads.
         at: rows to sample, as ``batch * queries + query``, at least one.
@@ -94,51 +107,42 @@ def attention_rows(
             +inf (unless ``at`` is every row).
 
     Returns:
-        ``(head, len(STATS))``: float64 array on a CPU, float32 tensor on ``q.device`` elsewhere.
+        ``(head, len(STATS))`` float64.
 
     Cost: one read of q and k, and of k again in slices of one batch element for each row read; never a copy of all of k
-    (in 16-bit formats on a CPU: one copy of q and k); no host sync.
+    (in 16-bit formats: one copy of q and k).
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     batch, heads, queries, _ = q.shape
     keys, group = k.shape[2], heads // k.shape[1]
-    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 2)) for x in (q, k))
-    values, order = None, None
-    if lse is not None:
-        largest = lse.transpose(0, 1).flatten(1).topk(min(TOP + 1, batch * queries), dim=1)
-        values, order = largest.values, largest.indices
-    limit = -math.inf if mask is None or mask.dtype == torch.bool else _MASKED * torch.finfo(mask.dtype).min
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
-    # the same formulas in numpy on a CPU, where a call costs a fifth of one of torch's, and in torch elsewhere
-    xp: Any = np if q.device.type == "cpu" else torch
-    given: list[Any] = [q, k, mask, lse, values, order, q_norm, k_norm]
-    if xp is np:
-        given = [None if t is None else _array(t) for t in given]
-    q_, k_, mask_, lse_, values_, order_, q_norm_, k_norm_ = given
-    look = _Look(xp, q_, k_, mask_, causal, scale, limit)
+    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=sum_dtype(x)).amax((0, 2)).numpy() for x in (q, k))
+    limit = -math.inf if mask is None else unseen_below(mask)
+    given = None if mask is None else _array(mask.expand(batch, heads, queries, keys))
+    look = _Look(_array(q), _array(k), given, causal, scale, limit)
     with np.errstate(all="ignore"):
         sampled, top = look.rows(at)
-        all_read, far = len(at) == batch * queries, xp.full_like(top, math.inf)
+        all_read, far = len(at) == batch * queries, np.full_like(top, math.inf)
         bound, lower, unread = far * math.nan, -far, -far if all_read else far
-        if lse_ is not None:
-            top = xp.maximum(top, look.largest(order_[:, :TOP]))
-            bound = values_[:, 0]
-            unread = values_[:, TOP] if values_.shape[1] > TOP and not all_read else -far
-            seen = xp.arange(1, queries + 1, device=q_.device).clip(None, keys) if causal else keys
-            lower = xp.amax(lse_ - (xp.log(seen) if causal else math.log(keys)), axis=(0, 2))
-        k_norm_ = xp.broadcast_to(k_norm_[:, None], (len(k_norm_), group)).reshape(heads)
-        columns = (bound, lower, top, unread, q_norm_ * k_norm_ * abs(scale), q_norm_, k_norm_, *sampled)
-        return xp.stack([c.astype(np.float64) if xp is np else c.float() for c in columns], 1)
+        if lse is not None:
+            largest = lse.transpose(0, 1).flatten(1).topk(min(TOP + 1, batch * queries), dim=1)
+            values, order, lse_ = largest.values.numpy(), largest.indices.numpy(), _array(lse)
+            top = np.maximum(top, look.largest(order[:, :TOP]))
+            bound = values[:, 0]
+            unread = values[:, TOP] if values.shape[1] > TOP and not all_read else -far
+            seen = np.arange(1, queries + 1).clip(None, keys) if causal else keys
+            lower = np.amax(lse_ - (np.log(seen) if causal else math.log(keys)), axis=(0, 2))
+        k_norm = np.broadcast_to(k_norm[:, None], (len(k_norm), group)).reshape(heads)
+        columns = (bound, lower, top, unread, q_norm * k_norm * abs(scale), q_norm, k_norm, *sampled)
+        return np.stack([c.astype(np.float64) for c in columns], 1)
 
 
 def all_rows(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float | None = None, causal: bool = False, mask: Tensor | None = None
-) -> Rows:
+) -> np.ndarray:
     """The statistics `OF_ROWS` of each head over every row, from one more call of the fused kernel.
 
     Args:
-        q: ``(batch, head, query, d)`` float32 or float64; read only.
+        q: ``(batch, head, query, d)`` float32 or float64, on a CPU; read only.
         k: ``(batch, key head, key, d)`` of the same dtype.
         lse: ``(batch, head, query)`` log-sum-exp of every row, from a call with the same arguments.
         scale: as in `attention_rows`.
@@ -146,10 +150,9 @@ def all_rows(
         mask: bool, with True for keys that are seen, as in `attention_rows`; an added one would enter the entropy.
 
     Returns:
-        ``(head, 5)``: float64 array on a CPU, float32 tensor on ``q.device`` elsewhere. An entropy is off by about
-        1e-7 of the row's largest logit.
+        ``(head, 5)`` float64. An entropy is off by about 1e-7 of the row's largest logit.
 
-    Cost: one forward of fused attention, without a graph; no logits in memory; no random number; no host sync.
+    Cost: one forward of fused attention, without a graph; no logits in memory; no random number.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     queries, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
@@ -172,117 +175,108 @@ def all_rows(
         torch.where(many, entropy / seen.clamp(min=2).log(), nothing),
         torch.where(some, sink, nothing),
     )
-    sums = torch.stack([p.sum((0, 2), dtype=torch.float32) for p in parts], 1)
-    return sums.double().numpy() if q.device.type == "cpu" else sums
+    return torch.stack([p.sum((0, 2), dtype=torch.float32) for p in parts], 1).double().numpy()
 
 
-def score_rows(s: Tensor, at: Sequence[int], *, norms: tuple[Tensor, Tensor, Any] | None = None) -> Rows:
+def score_rows(s: Tensor, at: Sequence[int], *, norms: tuple[Tensor, Tensor, Any] | None = None) -> np.ndarray:
     """The statistics `STATS` of each head of an attention whose logits are in memory.
 
     Args:
-        s: ``(batch, head, query, key)`` logits, any floating dtype; masked keys are -inf or very low; read only.
+        s: ``(batch, head, query, key)`` logits, any floating dtype, on a CPU; masked keys are -inf or very low; read
+            only.
         at: rows to sample, as ``batch * queries + query``, at least one.
         norms: queries ``(batch, head, query, d)``, keys ``(batch, head, d, key)`` and the scale of their product, if
             it is known what the logits are made from.
 
     Returns:
-        ``(head, len(STATS))``: float64 array on a CPU, float32 tensor on ``s.device`` elsewhere. ``found`` is the
-        largest logit of all rows, ``unread`` -inf, ``lse_max`` NaN, ``lse_lower`` -inf; without ``norms``
-        ``qk_bound``, ``q_norm`` and ``k_norm`` are NaN.
+        ``(head, len(STATS))`` float64. ``found`` is the largest logit of all rows, ``unread`` -inf, ``lse_max`` NaN,
+        ``lse_lower`` -inf; without ``norms`` ``qk_bound``, ``q_norm`` and ``k_norm`` are NaN.
 
-    Cost: one read of ``s``, and of queries and keys; a copy of the sampled rows; no host sync.
+    Cost: one read of ``s``, and of queries and keys; a copy of the sampled rows.
     """
     queries = s.shape[2]
-    limit = max(_LOWEST, _MASKED * torch.finfo(s.dtype).min)
-    rows = torch.stack([s[number // queries, :, number % queries] for number in at]).float()
-    found = s.amax((2, 3)).amax(0).float()
-    xp: Any = np if s.device.type == "cpu" else torch
+    limit = lowest(s.dtype)
+    rows = torch.stack([s[number // queries, :, number % queries] for number in at]).float().numpy()
+    found = s.amax((2, 3)).amax(0).float().numpy()
     if norms is None:
-        bound = q_norm = k_norm = torch.full_like(found, math.nan)
+        bound = q_norm = k_norm = np.full_like(found, math.nan)
     else:
         q, k, scale = norms
-        q_norm = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).amax((0, 2))
-        k_norm = torch.linalg.vector_norm(k, dim=-2, dtype=torch.float32).amax((0, 2))
-        bound = q_norm * k_norm * abs(scale)
-    given: list[Any] = [rows, found, bound, q_norm, k_norm]
-    if xp is np:
-        given = [_array(t) for t in given]
-    rows_, found_, bound_, q_norm_, k_norm_ = given
+        lengths = (torch.linalg.vector_norm(x, dim=d, dtype=sum_dtype(x)).amax((0, 2)) for x, d in ((q, -1), (k, -2)))
+        q_norm, k_norm = (x.numpy() for x in lengths)
+        bound = q_norm * k_norm * abs(float(scale))
     with np.errstate(all="ignore"):
-        out = (rows_ <= limit) | (rows_ - xp.amax(rows_, axis=2)[:, :, None] <= -_BELOW)
-        sums, _ = _row_sums(xp, xp.where(out, -math.inf, rows_))
-        far = xp.full_like(found_, math.inf)
-        top = xp.where(found_ <= limit, -far, found_)
-        columns = (far * math.nan, -far, top, -far, bound_, q_norm_, k_norm_, *sums)
-        return xp.stack([c.astype(np.float64) if xp is np else c.float() for c in columns], 1)
+        out = (rows <= limit) | (rows - np.amax(rows, axis=2)[:, :, None] <= -BELOW)
+        sums, _ = _row_sums(np.where(out, -math.inf, rows))
+        far = np.full_like(found, math.inf)
+        top = np.where(found <= limit, -far, found)
+        columns = (far * math.nan, -far, top, -far, bound, q_norm, k_norm, *sums)
+        return np.stack([c.astype(np.float64) for c in columns], 1)
 
 
 class _Look:
     """The rows of logits of one call, asked for by number."""
 
-    def __init__(self, xp: Any, q: Any, k: Any, mask: Any, causal: bool, scale: float, limit: float) -> None:
-        self.xp, self.q, self.k, self.mask = xp, q, k, mask
+    def __init__(
+        self, q: np.ndarray, k: np.ndarray, mask: np.ndarray | None, causal: bool, scale: float, limit: float
+    ) -> None:
+        self.q, self.k, self.mask = q, k, mask
         self.causal, self.scale, self.limit = causal, scale, limit
         self.heads, self.queries, self.keys = q.shape[1], q.shape[2], k.shape[2]
         self.group = self.heads // k.shape[1]
 
-    def rows(self, at: Sequence[int]) -> tuple[Any, Any]:
+    def rows(self, at: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
         """`OF_ROWS`, each ``(head,)``, over rows ``at``; the largest logit."""
-        xp, rows = self.xp, []
+        rows = []
         for number in at:
             b, i = divmod(number, self.queries)
-            q = _wide(self.q[b, :, i]).reshape(-1, self.group, self.q.shape[3])
-            s = (q @ _wide(self.k[b]).swapaxes(1, 2)).reshape(self.heads, self.keys) * self.scale
+            q = self.q[b, :, i].reshape(-1, self.group, self.q.shape[3])
+            s = (q @ self.k[b].swapaxes(1, 2)).reshape(self.heads, self.keys) * self.scale
             if self.causal:
                 s[:, i + 1 :] = -math.inf
             rows.append(self._masked(s, None if self.mask is None else self.mask[b, :, i]))
-        return _row_sums(xp, xp.stack(rows))
+        return _row_sums(np.stack(rows))
 
-    def largest(self, order: Any) -> Any:
+    def largest(self, order: np.ndarray) -> np.ndarray:
         """The largest logit of each head among its rows ``order``, ``(head, row)``."""
-        xp, found = self.xp, []
-        head = xp.arange(self.heads, device=order.device)
+        found, head = [], np.arange(self.heads)
         for number in order.swapaxes(0, 1):
             b, i = number // self.queries, number % self.queries
-            k, q = _wide(self.k[b, head // self.group]), _wide(self.q[b, head, i])
+            k, q = self.k[b, head // self.group], self.q[b, head, i]
             s = (k @ q[:, :, None])[:, :, 0] * self.scale
             if self.causal:
-                s = xp.where(xp.arange(self.keys, device=order.device) > i[:, None], -math.inf, s)
+                s = np.where(np.arange(self.keys) > i[:, None], -math.inf, s)
             s = self._masked(s, None if self.mask is None else self.mask[b, head, i])
-            found.append(xp.amax(s, axis=1))
-        return xp.amax(xp.stack(found), axis=0)
+            found.append(np.amax(s, axis=1))
+        return np.amax(np.stack(found), axis=0)
 
-    def _masked(self, s: Any, mask: Any) -> Any:
+    def _masked(self, s: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
             return s
-        if mask.dtype in (np.bool_, torch.bool):
-            return self.xp.where(mask, s, -math.inf)
-        return self.xp.where(mask <= self.limit, -math.inf, s + mask)
+        if mask.dtype == np.bool_:
+            return np.where(mask, s, -math.inf)
+        return np.where(mask <= self.limit, -math.inf, s + mask)
 
 
-def _row_sums(xp: Any, s: Any) -> tuple[list[Any], Any]:
+def _row_sums(s: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     """`OF_ROWS`, each ``(head,)``, of ``(row, head, key)`` logits with -inf for masked keys; the largest logit."""
-    m = xp.amax(s, axis=2)
+    m = np.amax(s, axis=2)
     empty = m == -math.inf  # a row that sees no key is no row
-    d = xp.clip(s - xp.where(empty, 0.0 * empty, m)[:, :, None], _DEEP, None)
-    e = xp.exp(d)
+    d = np.clip(s - np.where(empty, 0.0 * empty, m)[:, :, None], _DEEP, None)
+    e = np.exp(d)
     total = e.sum(axis=2)
-    entropy = xp.clip(xp.log(total) - (e * d).sum(axis=2) / total, 0, None)
-    seen = xp.clip((~(s == -math.inf)).sum(axis=2), 2, None)
+    entropy = np.clip(np.log(total) - (e * d).sum(axis=2) / total, 0, None)
+    seen = np.clip((~(s == -math.inf)).sum(axis=2), 2, None)
     many = (~(s == -math.inf)).sum(axis=2) > 1
     nothing = 0 * total
     parts = (
         ~empty,
         many,
-        xp.where(empty, nothing, entropy),
-        xp.where(many, entropy / xp.log(seen), nothing),
-        xp.where(empty, nothing, e[:, :, 0] * (s[:, :, 0] != -math.inf) / total),
+        np.where(empty, nothing, entropy),
+        np.where(many, entropy / np.log(seen), nothing),
+        np.where(empty, nothing, e[:, :, 0] * (s[:, :, 0] != -math.inf) / total),
     )
-    return [p.sum(axis=0) for p in parts], xp.amax(m, axis=0)
-
-
-def _wide(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) else x
+    return [p.sum(axis=0) for p in parts], np.amax(m, axis=0)
 
 
 def _array(t: Tensor) -> np.ndarray:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from monitor.record.passes.gradient import LOST, SMALL, THETA, History, taking_turns
 from monitor.record.passes.side_by_side import SideBySide, norms
@@ -70,7 +69,7 @@ class SpikeReader:
         seconds = [v for i in at if (v := history.seconds[i]) is not None]
         counts, peaks = [], []
         for sizes, g, v in layout.copies([grads[i] for i in at], seconds):
-            ratio = F.threshold_(_ratios(sizes, g, v, history), THETA, 0.0)
+            ratio = torch.threshold_(_ratios(sizes, g, v, history), THETA, 0.0)
             peaks.append(norms(ratio.split(sizes), math.inf))
             counts.append(norms(ratio.sign_().split(sizes), 1))
         return at, torch.stack((layout.joined(counts), layout.joined(peaks, math.inf)), dim=1)

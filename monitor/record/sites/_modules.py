@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -169,3 +170,21 @@ def _tensor(values: Iterable[Any]) -> Tensor | None:
             if type(v) in (Tensor, nn.Parameter) and v.is_floating_point() and v.layout is torch.strided and v.numel():
                 return v.detach()
     return None
+
+
+def alike(kinds: Mapping[str, Hashable]) -> Iterable[list[str]]:
+    """The names of each kind, in order."""
+    found: dict[Hashable, list[str]] = {}
+    for name, kind in kinds.items():
+        found.setdefault(kind, []).append(name)
+    return found.values()
+
+
+def emit_rows(
+    rec: Any, reads: str, stats: Sequence[str], rows: Mapping[str, np.ndarray | Tensor], at: slice = slice(None)
+) -> None:
+    """Write the statistics ``at`` of several modules, one row each, all arrays or all tensors."""
+    tensors = [v.to(rec.device) for v in rows.values() if isinstance(v, Tensor)]
+    arrays = [v for v in rows.values() if isinstance(v, np.ndarray)]
+    if rows:
+        rec.emit_many(reads, stats, list(rows), torch.stack(tensors) if tensors else np.stack(arrays), at)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from monitor.record.mode import Watcher
 from monitor.record.passes import attention
+from monitor.record.passes.attention_together import MOST, Bound, Kept, Reader, read
 from monitor.record.private import saved, saved_tensor_hooks_active
 from monitor.record.scores import comes_from, find_scores
 from monitor.record.site import Site
@@ -60,9 +61,9 @@ _PRODUCTS = frozenset((
 
 @dataclass
 class _Call:
-    """One call of attention and what was read of it."""
+    """One call of attention and what was read of it; or several that were read together, one after another."""
 
-    module: str
+    modules: tuple[str, ...]
     heads: int
     at: tuple[slice, ...]
     values: Any
@@ -96,11 +97,16 @@ class AttentionSite(Site):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self._pending: list[_Call] = []
-        self._held: dict[str, _Call] = {}
+        self._held: dict[tuple[str, ...], _Call] = {}
+        # on an accelerator calls are kept until their forward is over, and read together
+        self._reader = Reader()
+        self._size = 0
+        self._samples: dict[int, range] = {}
+        self._order: dict[str, int] = {}  # in which modules were called first
         self._epoch = -1
         self._calls: dict[str, int] = {}
         self._places: dict[str, str] = {}
-        self._addresses: dict[tuple[str, int], tuple[str, ...]] = {}
+        self._addresses: dict[tuple[tuple[str, ...], int], tuple[str, ...]] = {}
         self._written: dict[Any, _Written] = {}
         self._mine: frozenset[Any] = frozenset()
         self._watching = True
@@ -132,7 +138,13 @@ class AttentionSite(Site):
         causal = bool(_argument(args, kwargs, 5, "is_causal"))
         name = self._place([x.grad_fn if isinstance(x, Tensor) else None for x in (q, k, v)])
         node = _first((result.grad_fn,), "ScaledDotProduct", hops=3)
-        self._read(name, q, k, _log_sum_exp(node), causal, mask, kwargs.get("scale"))
+        lse, scale = _log_sum_exp(node), kwargs.get("scale")
+        if lse is not None and not _alone(q):
+            # these are kept until the forward is over, by autograd too; under autocast q and k are not
+            query, key = saved(node, "query"), saved(node, "key")
+            if query is not None and key is not None and query.shape == q.shape and key.shape == k.shape:
+                q, k = query, key
+        self._read(name, q, k, lse, causal, mask, scale)
 
     def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         out = result[0] if isinstance(result, tuple) else result
@@ -185,7 +197,9 @@ class AttentionSite(Site):
             q, k, scale = norms
             together = q.dim() == 3 and len(q) == batch * heads
             norms = (q.unflatten(0, (batch, heads)), k.unflatten(0, (batch, heads)), scale) if together else None
-        values = attention.score_rows(s, self._sample(batch * queries), norms=norms)
+        alone = _alone(s)
+        rows = self._sample(batch * queries, alone)
+        values = attention.score_rows(s, rows, norms=norms) if alone else self._reader.scores(s, rows, norms)
         at = _ROWS if norms is not None else _LOGITS
         self._written[result.grad_fn] = _Written(found.query, found.key, heads, at, values)
         self._watch_products(True)
@@ -199,7 +213,7 @@ class AttentionSite(Site):
                 call = self._written.pop(softmax)
                 module = self._numbered(self._place([call.query, call.key, *nodes[:i], *nodes[i + 1 :]]))
                 if module is not None:
-                    self._pending.append(_Call(module, call.heads, call.at, call.values))
+                    self._seen_call(module, call.heads, call.at, call.values)
         if not self._written:
             self._watch_products(False)
 
@@ -238,7 +252,8 @@ class AttentionSite(Site):
         if module is None:
             return
         if lse is not None:
-            # some kernels pad the rows; (batch, query, d) is one head
+            # some kernels pad the rows, and cuDNN's has one more dimension; (batch, query, d) is one head
+            lse = lse.squeeze(3) if lse.dim() == 4 else lse
             lse = (lse.unsqueeze(1) if lse.dim() == 2 else lse)[..., :queries]
             lse = lse if lse.shape == (batch, heads, queries) else None
         if self.due(EVERY):
@@ -247,18 +262,53 @@ class AttentionSite(Site):
                 q, k = q.unsqueeze(1), k.unsqueeze(1)
                 mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
             k = k.expand(batch, -1, -1, -1)
-            at = self._sample(batch * queries)
-            values: Any = attention.attention_rows(q, k, at, scale=scale, causal=causal, mask=mask, lse=lse)
-            if lse is not None and self.rec.step % ALL_EVERY == 0 and _exact(q, k, mask):
-                values[:, attention.OF_ROWS] = attention.all_rows(q, k, lse, scale=scale, causal=causal, mask=mask)
+            alone = _alone(q)
+            at = self._sample(batch * queries, alone)
+            how: dict[str, Any] = {"scale": scale, "causal": causal, "mask": mask, "lse": lse}
+            whole = lse is not None and self.rec.step % ALL_EVERY == 0 and _exact(q, k, mask)
+            if alone:
+                values: Any = attention.attention_rows(q, k, at, **how)
+                if whole:
+                    values[:, attention.OF_ROWS] = attention.all_rows(q, k, **how)
+            else:
+                values = self._reader.fused(q, k, at, **how, whole=whole)
             self._unbounded |= lse is None
-            self._pending.append(_Call(module, heads, _ALL if lse is not None else _ROWS, values))
+            self._seen_call(module, heads, _ALL if lse is not None else _ROWS, values)
         elif lse is not None:
-            self._pending.append(_Call(module, heads, _BOUND, attention.lse_max(lse)[:, None]))
+            bound = attention.lse_max(lse)[:, None] if _alone(lse) else Bound(lse)
+            self._seen_call(module, heads, _BOUND, bound)
 
-    def _sample(self, rows: int) -> range:
-        stride = max(1, rows // ROWS) | 1  # odd: over a length that is a power of two every position is met
-        return range(self.rec.random.randrange(min(stride, rows)), rows, stride)
+    def _seen_call(self, module: str, heads: int, at: tuple[slice, ...], values: Any) -> None:
+        self._pending.append(_Call((module,), heads, at, values))
+        if isinstance(values, Kept):
+            self._order.setdefault(module, len(self._order))
+            self._size += values.held
+            if self._size > MOST:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Read the calls that were only kept so far: those that are alike together."""
+        alike: dict[Hashable, list[_Call]] = {}
+        for call in self._pending:
+            if isinstance(call.values, Kept):
+                alike.setdefault((type(call.values), call.values.kind), []).append(call)
+        if alike:
+            self._pending = [c for c in self._pending if not isinstance(c.values, Kept)]
+            for calls in alike.values():
+                modules = tuple(m for c in calls for m in c.modules)
+                self._pending.append(_Call(modules, calls[0].heads, calls[0].at, read([c.values for c in calls])))
+        self._reader, self._size = Reader(), 0
+        self._samples.clear()
+
+    def _sample(self, rows: int, alone: bool) -> range:
+        """Rows of so many, evenly spaced; the same for all calls of a forward unless each is read alone."""
+        known = None if alone else self._samples.get(rows)
+        if known is None:
+            stride = max(1, rows // ROWS) | 1  # odd: over a length that is a power of two every position is met
+            known = range(self.rec.random.randrange(min(stride, rows)), rows, stride)
+            if not alone:
+                self._samples[rows] = known
+        return known
 
     # ---- where it is
 
@@ -312,45 +362,77 @@ class AttentionSite(Site):
         """Count the calls of each module anew."""
         self._calls.clear()
 
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Read what was kept while the forward ran."""
+        self._settle()
+
     def on_backward(self) -> None:
         """Keep what was seen since the last backward: it is being trained on."""
+        self._settle()
         if self._epoch != self.rec.epoch:
             self._held.clear()
             self._epoch = self.rec.epoch
         for call in self._pending:
-            before = self._held.get(call.module)
-            if before is not None and (before.at, before.heads) == (call.at, call.heads):
-                join = attention.merge if call.at != _BOUND else _larger
-                call.values = join(before.values, call.values)
-            self._held[call.module] = call
+            self._hold(call)
         self._forget()
+
+    def _hold(self, call: _Call) -> None:
+        """Join a call with that of the same modules in an earlier micro-batch."""
+        before = self._held.get(call.modules)
+        if before is None and isinstance(call.values, Tensor):
+            others = [c for c in self._held.values() if not set(call.modules).isdisjoint(c.modules)]
+            if others:  # calls that were read together then are not quite those of now
+                for c in others:
+                    del self._held[c.modules]
+                    self._held |= {single.modules: single for single in _singles(c)}
+                for single in _singles(call):
+                    self._hold(single)
+                return
+        if before is not None and (before.at, before.heads) == (call.at, call.heads):
+            join = attention.merge if call.at != _BOUND else _larger
+            call.values = join(before.values, call.values)
+        self._held[call.modules] = call
 
     def on_row(self) -> None:
         """Write what was trained on; forget the rest."""
         for kind in (_BOUND, _ALL, _ROWS, _LOGITS):
-            calls = [c for c in self._held.values() if c.at == kind]
-            if calls:
-                self._seen = True
-                if kind not in self._kinds:
-                    self._kinds.append(kind)
-                modules = [a for c in calls for a in self._address(c)]
-                join: Any = torch.cat if isinstance(calls[0].values, Tensor) else attention.np.concatenate
-                values = join([c.values for c in calls])
-                for at in kind:
-                    self.rec.emit_many("attention", attention.STATS, modules, values[:, at], at)
+            of_kind = [c for c in self._held.values() if c.at == kind]
+            if of_kind and kind not in self._kinds:
+                self._kinds.append(kind)
+            for there in (False, True):  # a model may have some of its layers on a CPU
+                calls = [c for c in of_kind if isinstance(c.values, Tensor) == there]
+                if calls:
+                    self._write(calls)
         self._held.clear()
         self._forget()
+
+    def _write(self, calls: Sequence[_Call]) -> None:
+        """Write calls of one kind, whose values are all on a CPU or all on accelerators."""
+        self._seen = True
+        if len(calls) > 1 and isinstance(calls[0].values, Tensor):
+            calls = sorted((c for call in calls for c in _singles(call)), key=lambda c: self._order[c.modules[0]])
+            modules = tuple(a for c in calls for a in self._address(c))
+            values = torch.cat([c.values.to(self.rec.device) for c in calls])
+        elif len(calls) > 1:
+            modules = tuple(a for c in calls for a in self._address(c))
+            values = attention.np.concatenate([c.values for c in calls])
+        else:
+            modules, values = self._address(calls[0]), calls[0].values
+        for at in calls[0].at:
+            self.rec.emit_many("attention", attention.STATS, modules, values[:, at], at)
 
     def _forget(self) -> None:
         self._pending.clear()
         self._calls.clear()
         self._written.clear()
+        self._reader, self._size = Reader(), 0
+        self._samples.clear()
         self._watch_products(False)
 
     def _address(self, call: _Call) -> tuple[str, ...]:
-        key = (call.module, call.heads)
+        key = (call.modules, call.heads)
         if key not in self._addresses:
-            self._addresses[key] = tuple(f"{call.module}[{h}]" for h in range(call.heads))
+            self._addresses[key] = tuple(f"{m}[{h}]" for m in call.modules for h in range(call.heads))
         return self._addresses[key]
 
     def missing(self) -> Sequence[tuple[str, str]]:
@@ -369,6 +451,17 @@ class AttentionSite(Site):
         if self._kinds == [_LOGITS]:
             found.append(("qk_norm_bound", _NO_NORMS))
         return found
+
+
+def _alone(t: Tensor) -> bool:
+    """True on a CPU, where a call is read when it is made."""
+    return t.is_cpu
+
+
+def _singles(call: _Call) -> list[_Call]:
+    """The calls that were read together, each of its own."""
+    parts = call.values.split(call.heads)
+    return [_Call((m,), call.heads, call.at, x) for m, x in zip(call.modules, parts, strict=True)]
 
 
 def _larger(a: Any, b: Any) -> Any:

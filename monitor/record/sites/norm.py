@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from monitor.record.passes.norm import GAIN, INPUT, STATS, gain_offset, gain_stats, norm_stats
-from monitor.record.sites._modules import ModuleSite, named
+from monitor.record.passes.norm import (
+    COUNTS,
+    GAIN,
+    INPUT,
+    SIZES,
+    STATS,
+    InputSizes,
+    gain_offset,
+    gain_stats,
+    gains_stats,
+    input_stats,
+    norm_sizes,
+    norm_stats,
+)
+from monitor.record.sites._modules import ModuleSite, alike, emit_rows, named
 
 _NAME = re.compile(r"(?i)(rms|layer)_?norm")
 #: Tokens from which it is decided how a hand-written layer uses its weight.
@@ -47,18 +59,33 @@ class NormSite(ModuleSite):
             bias = getattr(module, "bias", None)
             bias = bias if isinstance(bias, Tensor) else None
             self._offsets[module] = 0.0 if own or weight is None else gain_offset(x, y, weight, bias)
-        self._inputs[name] = norm_stats(inputs, _centred(module))
+        alone = _alone(inputs)
+        self._inputs[name] = norm_stats(inputs, _centred(module)) if alone else norm_sizes(inputs, _centred(module))
         if weight is not None:
-            self._gains[name] = gain_stats(weight, self._offsets[module])
+            # a copy: where parameters are sharded, the weight is gone when its layer has run
+            self._gains[name] = (
+                gain_stats(weight, self._offsets[module]) if alone else (weight.detach().clone(), self._offsets[module])
+            )
 
     def record(self) -> None:
-        """Emit what the forward that is trained on had."""
-        for values, at in ((self._inputs, INPUT), (self._gains, GAIN)):
-            if values:
-                rows = list(values.values())
-                device = self.rec.device
-                joined = torch.stack([r.to(device) for r in rows]) if isinstance(rows[0], Tensor) else np.stack(rows)
-                self.rec.emit_many("norm", STATS, list(values), joined, at)
+        """Emit what the forward that is trained on had; on an accelerator, computed for all layers that are alike."""
+        inputs = {name: kept for name, kept in self._inputs.items() if isinstance(kept, InputSizes)}
+        gains = {name: kept for name, kept in self._gains.items() if isinstance(kept, tuple)}
+        rows: dict[str, Any] = {}
+        for names in alike({name: kept.kind for name, kept in inputs.items()}):
+            rows |= zip(names, input_stats([inputs[n] for n in names]), strict=True)
+        if inputs:
+            emit_rows(self.rec, "norm", STATS, {name: rows[name] for name in inputs}, SIZES)
+            counts = {name: np.array(kept.counts, np.float64) for name, kept in inputs.items()}
+            emit_rows(self.rec, "norm", STATS, counts, COUNTS)
+        rows.clear()
+        for names in alike({name: _kind(*kept) for name, kept in gains.items()}):
+            weights, offsets = zip(*(gains[n] for n in names), strict=True)
+            added = [x for x in offsets if isinstance(x, Tensor)]
+            rows |= zip(names, gains_stats(weights, added), strict=True)
+        emit_rows(self.rec, "norm", STATS, {name: rows[name] for name in gains}, GAIN)
+        emit_rows(self.rec, "norm", STATS, {n: x for n, x in self._inputs.items() if n not in inputs}, INPUT)
+        emit_rows(self.rec, "norm", STATS, {n: x for n, x in self._gains.items() if n not in gains}, GAIN)
         self.forget()
 
     def forget(self) -> None:
@@ -68,6 +95,16 @@ class NormSite(ModuleSite):
 
 
 _TORCH: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
+
+
+def _alone(x: Tensor) -> bool:
+    """True on a CPU, where a layer is read when it is called."""
+    return x.is_cpu
+
+
+def _kind(weight: Tensor, offset: Tensor | float) -> Hashable:
+    """Weights of one kind can be read together."""
+    return weight.device, weight.dtype, weight.shape, isinstance(offset, Tensor)
 
 
 def _is_norm(module: nn.Module) -> bool:

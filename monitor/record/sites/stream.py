@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from monitor.record.passes.stream import STATS, stream_stats
-from monitor.record.sites._modules import ModuleSite, named
+from monitor.record.passes.stream import (
+    COUNTED,
+    READ,
+    STATS,
+    OutputSizes,
+    output_sizes,
+    output_stats,
+    stream_stats,
+)
+from monitor.record.sites._modules import ModuleSite, alike, emit_rows, named
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -45,12 +52,14 @@ class StreamSite(ModuleSite):
         self._read: dict[nn.Module, list[_Output]] = {}
         self._values: dict[str, Any] = {}
         self._random = random.Random(0)
+        self._start: int | None = None  # of the rows sampled in this forward, where outputs are read together
         self._unlinked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def choose(self, root: nn.Module, prefix: str) -> Iterable[tuple[nn.Module, str]]:
         """The children of lists that look like repeated blocks and have not turned out to be something else."""
         self._lists.clear()
         self._read.clear()
+        self._start = None
         for name, container in named(root, prefix):
             if not isinstance(container, _CONTAINERS) or container in self._unlinked:
                 continue
@@ -62,8 +71,12 @@ class StreamSite(ModuleSite):
     def read(self, module: nn.Module, name: str, inputs: Tensor, output: Tensor) -> None:
         """Read an output, and remember what it was made from."""
         fits = output.dim() in (2, 3) and inputs.shape == output.shape
-        start = self._random.randrange(1 << 16)
-        values = stream_stats(output, start) if fits else None
+        alone, start = _alone(output), self._start
+        if alone or start is None:
+            start = self._start = self._random.randrange(1 << 16)
+        values = None
+        if fits:
+            values = np.array(stream_stats(output, start)) if alone else output_sizes(output, start)
         seen = _Output(name, inputs.data_ptr(), output.data_ptr(), tuple(output.shape), fits, values)
         self._read.setdefault(self._lists[name], []).append(seen)
 
@@ -80,20 +93,27 @@ class StreamSite(ModuleSite):
         self._read.clear()
 
     def record(self) -> None:
-        """Emit the outputs of the forward that is trained on."""
-        if self._values:
-            rows = list(self._values.values())
-            device = self.rec.device
-            joined = (
-                torch.stack([r.to(device) for r in rows]) if isinstance(rows[0], Tensor) else np.array(rows, np.float64)
-            )
-            self.rec.emit_many("stream", STATS, list(self._values), joined)
-            self._values.clear()
+        """Emit the outputs of the forward that is trained on; on an accelerator, computed for all that are alike."""
+        kept = {name: x for name, x in self._values.items() if isinstance(x, OutputSizes)}
+        rows: dict[str, Any] = {}
+        for names in alike({name: x.kind for name, x in kept.items()}):
+            rows |= zip(names, output_stats([kept[n] for n in names]), strict=True)
+        if kept:
+            emit_rows(self.rec, "stream", STATS, {name: rows[name] for name in kept}, READ)
+            counts = {name: np.array([float(x.some.shape[0])]) for name, x in kept.items()}
+            emit_rows(self.rec, "stream", STATS, counts, COUNTED)
+        emit_rows(self.rec, "stream", STATS, {n: x for n, x in self._values.items() if n not in kept})
+        self._values.clear()
 
     def forget(self) -> None:
         """Drop what was never trained on, and hold no module: the model may be let go of."""
         self._values.clear()
         self._lists.clear()
+
+
+def _alone(x: Tensor) -> bool:
+    """True on a CPU, where an output is read when it is made."""
+    return x.is_cpu
 
 
 def _blocks(container: nn.Module) -> list[tuple[str, nn.Module]]:
