@@ -80,7 +80,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="arXiv 2506.21551 sec. 4",
-    cost="one forward of the run's first batch and 200 edit distances, in at most 1 % of the run's time",
+    cost="one forward of the run's first batch and 200 edit distances, in at most half a per cent of the run's time",
     plot=Plot("half_distance"),
     oracle=oracle,
     reads="pathway_distance",

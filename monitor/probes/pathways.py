@@ -49,13 +49,14 @@ class Pathways(Probe):
     """Measures ``pathway_distance``, ``pathway_consistency``, ``pathway_churn`` and ``routing_dimension``.
 
     Args:
-        every: measure at each so many steps. Default: as often as 1 % of the run's time allows.
+        every: measure at each so many steps. Default: as often as half a per cent of the run's time allows.
 
     One of the default probes: models without routers are left alone. Of a router that is called several times in one
     forward only the first call counts. Tokens are means over whatever the batch holds, padding included.
     """
 
     name = "pathway_distance"
+    share = 0.005  # nobody has asked for it
     keeps_first = True
     default = True
 

@@ -144,7 +144,7 @@ class Followed:
             The facts of the run if they have changed.
         """
         known = [o() for o in self._optimizers]
-        fresh = all(o is not optimizer for o in known)
+        fresh = optimizer not in known
         if fresh:
             self._updates[id(optimizer)] = 0
             # one that takes the place of a dead one goes on with its series

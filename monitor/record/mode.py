@@ -14,14 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode, _push_mode
 from torch.utils._device import DeviceContext
 
-from monitor.record.private import never_compile, take_stack, transformed
+from monitor.record.private import never_compile, on_stack, take_stack, transformed
 
 #: ``(args, kwargs, result)``; result is None when called before the function runs.
 Watcher = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
@@ -80,7 +76,7 @@ class StepMode(TorchFunctionMode):
 
     def on_stack(self) -> bool:
         """True if this mode is on the calling thread's stack."""
-        return self in _get_current_function_mode_stack()
+        return on_stack(self)
 
     def enter(self) -> None:
         """Put the mode at the bottom of the calling thread's stack (above the context of `torch.set_default_device`).

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as _calls
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
 _C: Any = torch._C
 
@@ -29,14 +31,9 @@ def saved_tensor_hooks_active() -> bool:
     return _C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def inside_functorch() -> bool:
-    """True under `torch.func.vmap`, ``grad`` and the like, whose wrapped tensors must not be written to a buffer."""
-    return _C._functorch.peek_interpreter_stack() is not None
-
-
 def transformed() -> bool:
     """True where tensors stand for something else: under `torch.func`, and in `torch.jit.trace`, which keeps ours."""
-    return inside_functorch() or torch.jit.is_tracing()
+    return _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing()
 
 
 def compiled_any() -> bool:
@@ -87,6 +84,31 @@ def stop_hearing(compiling: Compiling) -> None:
         sys.modules["torch._dynamo"].callback_handler.remove_start_callback(compiling)
 
 
+class CallHooks:
+    """Hooks of the calls of all modules, to be set and removed at every step: torch makes new handles every time.
+
+    Args:
+        begins: called with ``(module, args)``.
+        ends: called with ``(module, args, output)``, also if the call raises.
+    """
+
+    def __init__(self, begins: Callable[..., None], ends: Callable[..., None] | None = None) -> None:
+        self._id = RemovableHandle(_calls._global_forward_pre_hooks).id
+        self._hooks: list[tuple[Any, Any]] = [(_calls._global_forward_pre_hooks, begins)]
+        if ends is not None:
+            self._hooks += [(_calls._global_forward_hooks, ends), (_calls._global_forward_hooks_always_called, True)]
+
+    def set(self) -> None:
+        """Have them called."""
+        for among, hook in self._hooks:
+            among[self._id] = hook
+
+    def remove(self) -> None:
+        """Have them called no more."""
+        for among, _ in self._hooks:
+            among.pop(self._id, None)
+
+
 def never_compile(code: types.CodeType) -> bool:
     """Have Dynamo leave calls of a function to Python that happen where what it compiles is interrupted.
 
@@ -103,10 +125,15 @@ def never_compile(code: types.CodeType) -> bool:
 
 def take_stack() -> list[TorchFunctionMode]:
     """Take every function mode off the calling thread's stack; the lowest first."""
-    return [_pop_mode() for _ in _get_current_function_mode_stack()][::-1]
+    return [_pop_mode() for _ in range(_C._len_torch_function_stack())][::-1]
 
 
-class quiet:  # noqa: N801  # some ten times in every step: a generator, and torch's own way, take three times as long
+def on_stack(mode: TorchFunctionMode) -> bool:
+    """True if it is on the calling thread's stack, which is empty most of the time."""
+    return _C._len_torch_function_stack() > 0 and mode in _get_current_function_mode_stack()
+
+
+class quiet:  # noqa: N801  # some six times in every step: a generator, and torch's own way, take three times as long
     """Neither autograd nor any function or dispatch mode, the user's or ours, sees what is called in this context."""
 
     __slots__ = ("_dispatch", "_function", "_gradients")

@@ -45,6 +45,8 @@ from monitor.record.sites._all import PARTED, SITES
 from monitor.record.sites._backward import BACKWARD
 from monitor.record.stack import Stack
 
+#: Steps for which it is looked up beforehand who is told of them.
+AHEAD = 50
 #: What is absent unless the other processes record too.
 SHARDED = "grad_norm", "the parameters are sharded: norms are those of this process alone"
 #: Wrappers that are called in a model's place, and then do not call it, or copies of it.
@@ -145,19 +147,22 @@ class Recorder:
                 "on_row",
             )
         }
-        self._on_others = {moment: [told for told in all_ if not told[0].dense] for moment, all_ in self._on.items()}
-        self._left_out = self._leaves_out()  # this step, by the dense sites
-        before: dict[Any, Watcher] = dict.fromkeys(BACKWARD, self._backward_begins)
-        after: dict[Any, Watcher] = {}
+        # of these, the ones that are told, by who listens; and who listens to the steps to come, the last first
+        self._tellings: dict[frozenset[Site], dict[str, list[Any]]] = {}
+        self._ahead: list[frozenset[Site]] = []
+        before: dict[Any, list[_Watches]] = {func: [] for func in BACKWARD}
+        after: dict[Any, list[_Watches]] = {}
         for site in self.sites:
-            always = site.inside_every == 1
             for func, watcher in site.before().items():
-                before[func] = _both(before.get(func), self._guarded(site, watcher, always))
+                before.setdefault(func, []).append((site, watcher, False))
             for func, watcher in site.after().items():
-                after[func] = _both(after.get(func), self._guarded(site, watcher, always))
-        self.mode = StepMode(before, after)
+                after.setdefault(func, []).append((site, watcher, site.looks))
+        self.mode = StepMode(
+            {f: self._watching(told, self._backward_begins if f in BACKWARD else None) for f, told in before.items()},
+            {f: self._watching(told) for f, told in after.items()},
+        )
         self.stack = Stack(self.mode, self._entries, self._here, self._guard)
-        self._inside = {site.inside_every: site for site in self.sites if site.inside_every > 1}
+        self._listen()
         for model in models:
             self.adopt(model)
         self._hooks.append(register_optimizer_step_pre_hook(self._before_step))
@@ -268,23 +273,33 @@ class Recorder:
         self._at("on_row")
         self._open_row.close(self.step)
         self.step += 1
-        self._left_out = self._leaves_out()
+        self._listen()
         self.rows += 1
         self.stepped = 0
         self._expected = frozenset(self._row)
         self._row.clear()
 
-    def _leaves_out(self) -> bool:
-        return self.step >= START and self.step % self.every != 0
+    def _listen(self) -> None:
+        """Look up who is told of the step that begins: so much has left the cache that no call is cheap."""
+        if not self._ahead:
+            sites = [s for s in self.sites if s.name not in self._broken]
+            steps = range(self.step, self.step + AHEAD)
+            self._ahead = [frozenset(s for s in sites if s.listens(step)) for step in reversed(steps)]
+        self._listening = listening = self._ahead.pop()
+        told = self._tellings.get(listening)
+        if told is None:
+            told = {moment: [t for t in all_ if t[0] in listening] for moment, all_ in self._on.items()}
+            self._tellings[listening] = told
+        self._told = told
 
     def _follow_device(self) -> None:
         """The model may have been moved since the last step, or made on no device at all and filled later."""
-        with quiet():
-            device = self.followed.device
-            if device != self.device:
+        device = self.followed.device
+        if device != self.device:
+            with quiet():
                 self._open_row.move(device)
-                self.device, self.on_cpu = device, device.type == "cpu"
-                self._captures = captures(device)
+            self.device, self.on_cpu = device, device.type == "cpu"
+            self._captures = captures(device)
 
     # ---- the step
 
@@ -397,22 +412,22 @@ class Recorder:
         self._depth += 1
         if self._depth > 1:
             return
-        if self.forwards == 0:
-            self._follow_device()
-            if self.rows == 0:
-                self._look_for_bystanders()
-        self.forwards += 1
         self._was_on, self._trained = self.stack.on, self.training
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
-        if self.training:
-            self._thread = threading.get_ident()
-        inside = self._looks_inside()
-        self.blind |= self.training and not inside
-        self.stack.set(
-            self.training and module.training and inside and not self._compiled(module) and not self._fast(module)
-        )
-        if self.training:
-            with quiet():
+        with quiet():
+            if self.forwards == 0:
+                self._follow_device()
+                if self.rows == 0:
+                    self._look_for_bystanders()
+            self.forwards += 1
+            if self.training:
+                self._thread = threading.get_ident()
+            inside = self._looks_inside()
+            self.blind |= self.training and not inside
+            self.stack.set(
+                self.training and module.training and inside and not self._compiled(module) and not self._fast(module)
+            )
+            if self.training:
                 self._at("on_forward", module, args, kwargs)
 
     def forward_under_way(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -467,7 +482,7 @@ class Recorder:
         first = self.rows < START  # also of a run that is resumed
         # a region that was compiled with the mode on the stack would be compiled again without it
         self._called_inside |= compiled_any()
-        return self._called_inside or first or any(site.due(every) for every, site in self._inside.items())
+        return self._called_inside or first or any(s.inside_every > 1 for s in self._listening)
 
     def _compiled(self, module: nn.Module) -> bool:
         """True if a call of ``module`` enters a compiled region; looked up at first, then now and then."""
@@ -517,19 +532,14 @@ class Recorder:
             if next(child.parameters(), None) is not None:  # otherwise it is a loss, or a metric
                 self._enter_at(child, f"{self.prefix(root)}{name}.")
 
-    def _backward_begins(self, args: Any, kwargs: Any, result: Any) -> None:
+    def _backward_begins(self) -> None:
         """A backward pass is about to run: after an unscaling it belongs to a new attempt at an update."""
-        if self.stack.looking:
-            return
-        begin = time.perf_counter()
         self._called_inside |= self.inside_forward
         if self._unscaled_since_backward:
             self.epoch += 1
             self._unscaled_since_backward = False
         self._eval_trained |= not self.training
-        with quiet():
-            self._at("on_backward")
-        self.spent += time.perf_counter() - begin
+        self._at("on_backward")
 
     def unscaled(self, inverse: Tensor) -> bool:
         """GradScaler has unscaled gradients; True if this is the first such call since a backward."""
@@ -540,16 +550,21 @@ class Recorder:
 
     # ---- errors
 
-    def _guarded(self, site: Site, watcher: Watcher, always: bool = False) -> Watcher:
+    def _watching(self, told: Sequence[_Watches], first: Callable[[], None] | None = None) -> Watcher:
+        """What tells several sites of a call of one function, ``first`` before them."""
+
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            if (self.stack.looking and not site.looks) or (site.dense and self._left_out):
-                return
-            if not always and not site.due(site.inside_every):
-                return
             begin = time.perf_counter()
-            self._called_inside |= always and not site.looks and self._depth > 0
+            looking = self.stack.looking
+            now = [(site, watcher) for site, watcher, looks in told if looks is looking and site in self._listening]
+            if not now and (looking or first is None):
+                return
             with quiet():
-                self._tell(site, watcher, args, kwargs, result)
+                if first is not None and not looking:
+                    first()
+                for site, watcher in now:
+                    self._called_inside |= self._depth > 0 and site.inside_every == 1 and not site.looks
+                    self._tell(site, watcher, args, kwargs, result)
             self.spent += time.perf_counter() - begin
 
         return call
@@ -566,19 +581,28 @@ class Recorder:
             self.spent += time.perf_counter() - begin
 
     def _at(self, moment: str, *args: Any) -> None:
-        for site, what in (self._on_others if self._left_out else self._on)[moment]:
+        for site, what in self._told[moment]:
             self._tell(site, what, *args)
 
     def _tell(self, site: Site, what: Callable[..., None], *args: Any) -> None:
-        if site.name in self._broken:
-            return
         try:
             what(*args)
         except Exception as e:
             self._fail(site.name, e)
 
+    def tell(self, site: Site, what: Callable[..., None], *args: Any) -> None:
+        """Tell a site of what it has a way of its own to hear of."""
+        begin = time.perf_counter()
+        with quiet():
+            self._tell(site, what, *args)
+        self.spent += time.perf_counter() - begin
+
     def _fail(self, name: str, error: Exception) -> None:
+        if name in self._broken:
+            return
         self._broken.add(name)
+        self._ahead.clear()
+        self._listen()
         if name == "recorder":
             self.active = False
             if not self.mode.inside:
@@ -636,7 +660,10 @@ class Recorder:
         """Let go of the model: a handle or a mode of another thread that outlives the recording must not keep it."""
         self._missing = self.missing()
         self.followed.roots, self.sites = [], []
-        self._on = self._on_others = {moment: [] for moment in self._on}
+        self._told = {moment: [] for moment in self._on}
+        self._on, self._listening = self._told, frozenset()
+        self._tellings.clear()
+        self._ahead.clear()
         self.mode.before.clear()
         self.mode.after.clear()
 
@@ -650,6 +677,8 @@ class Recorder:
         self.stack.set(False)
 
 
+#: A site, what it watches a function with, and whether it does so for an evaluation.
+_Watches = tuple[Site, Watcher, bool]
 _IN_FORWARD = {"loss", "logit_norm", "loss_zero_frac"}
 _LIVE: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
@@ -669,14 +698,3 @@ def _redirected(module: nn.Module) -> bool:
     """
     root = unwrap(module)
     return isinstance(root.__dict__.get("forward"), types.FunctionType) and hasattr(root, "training_step")
-
-
-def _both(first: Watcher | None, second: Watcher) -> Watcher:
-    if first is None:
-        return second
-
-    def call(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        first(args, kwargs, result)
-        second(args, kwargs, result)
-
-    return call

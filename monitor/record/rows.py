@@ -75,7 +75,7 @@ class OpenRow:
 
     def close(self, step: int) -> None:
         """Close the row as that of ``step`` and begin the next; hand on the closed ones when it is time."""
-        if self._ring.layout.size:
+        if self._ring.layout.segments:
             self._ring.commit(step)
             if self._ring.full or time.perf_counter() - self._handed_on > BLOCK_SECONDS:
                 self.hand_on()

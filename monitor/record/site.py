@@ -28,7 +28,7 @@ class Site:
     #: Steps between two at which its functions matter when they are called inside a root module's forward. Of a site
     #: with 1 it is not known beforehand: once one of them has been called in there, every forward is watched.
     inside_every = 1
-    #: True if it looks at every step at what a step costs most to look at: told of nothing at steps that are left out.
+    #: True if it looks at every step at what a step costs most to look at: does not listen at steps that are left out.
     dense = False
     #: True if what it watches for is the loss of an evaluation.
     looks = False
@@ -40,6 +40,10 @@ class Site:
         """True if something measured every so many steps is due now (or at ``step``); up to ``first`` it always is."""
         step = self.rec.step if step is None else step
         return step < first or step % (-(-every // self.rec.every) * self.rec.every) == 0
+
+    def listens(self, step: int) -> bool:
+        """True if it is told of ``step``: the answer must be the same whenever it is asked for."""
+        return self.due(self.inside_every, step) if self.dense or self.inside_every > 1 else True
 
     def before(self) -> dict[Any, Watcher]:
         """Functions to watch before they run."""

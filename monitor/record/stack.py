@@ -11,14 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-    register_module_module_registration_hook,
-)
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from monitor.record.mode import StepMode
-from monitor.record.private import before_compiling, compiles, stop_hearing
+from monitor.record.private import CallHooks, before_compiling, compiles, stop_hearing
 
 
 class Stack:
@@ -37,7 +33,9 @@ class Stack:
         self._mode, self._entries, self._here, self._guard = mode, entries, here, guard
         #: Calls of other modules under way: whose, and whether the mode was taken off for it.
         self._asides: list[tuple[int, bool]] = []
-        self._heard: list[Any] = []  # hooks of the calls of all modules
+        self._between = CallHooks(self._begins, self._ends)
+        self._after = CallHooks(self._called)
+        self._heard: CallHooks | None = None  # those of them that are set
         self._registering: Any = None  # and of their making
         self._compiling: Any = None  # gives what is told before something is compiled
         #: True from `look` on: what is called is no part of a step.
@@ -79,7 +77,7 @@ class Stack:
         """Put the mode there for what follows a training forward; other modules that are called do not meet it."""
         self.set(True)
         if not self._asides:
-            self._hear(self._begins, self._ends)
+            self._hear(self._between)
 
     def step_aside(self, module: nn.Module, compiled: bool = False) -> None:
         """Another module is called: no mode for it if it evaluates, or is ``compiled``."""
@@ -118,7 +116,7 @@ class Stack:
 
         So no layer meets the mode that would leave its fast path for it.
         """
-        if self.on or not self._hear(self._called):
+        if self.on or not self._hear(self._after):
             return False
         self._put(True)
         self.looking = True
@@ -134,7 +132,7 @@ class Stack:
 
     # ---- all modules
 
-    def _hear(self, begins: Callable[..., None], ends: Callable[..., None] | None = None) -> bool:
+    def _hear(self, hooks: CallHooks) -> bool:
         """Be told of the calls of all modules; False if it cannot be done: never where something may be compiled."""
         if compiles():
             return False
@@ -145,19 +143,18 @@ class Stack:
         if self._registering is None:
             self._registering = register_module_module_registration_hook(self._registered)
         self._unhear()
-        self._heard = [register_module_forward_pre_hook(begins)]
-        if ends is not None:
-            self._heard.append(register_module_forward_hook(ends, always_call=True))
+        hooks.set()
+        self._heard = hooks
         return True
 
     def _unhear(self) -> None:
-        for hook in self._heard:
-            hook.remove()
-        self._heard.clear()
+        if self._heard is not None:
+            self._heard.remove()
+            self._heard = None
 
     def _registered(self, module: nn.Module, name: str, part: Any) -> None:
         """`torch.compile` makes a module, whose call warns of a hook on all modules."""
-        if name == "_orig_mod" and self._heard:
+        if name == "_orig_mod" and self._heard is not None:
             self._compiles()
 
     def _compiles(self) -> None:

@@ -235,10 +235,10 @@ def test_private_corners_of_torch_are_there() -> None:
     from monitor.record import private
 
     assert not private.saved_tensor_hooks_active()
-    assert not private.inside_functorch()
+    assert not private.transformed()
     with torch.autograd.graph.save_on_cpu():
         assert private.saved_tensor_hooks_active()
-    assert torch.func.vmap(lambda x: x * private.inside_functorch())(torch.ones(2)).tolist() == [1, 1]
+    assert torch.func.vmap(lambda x: x * private.transformed())(torch.ones(2)).tolist() == [1, 1]
     z = torch.randn(3, 4, requires_grad=True)
     node = z.log_softmax(1).grad_fn
     result = private.saved(node, "result")

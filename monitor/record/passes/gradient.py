@@ -172,7 +172,8 @@ class GradientReader:
 
     def _tripped(self, v: Array, square: Array, history: History) -> npt.NDArray[np.intp]:
         """Places of the elements that may be spiked; overwrites ``square``."""
-        return np.flatnonzero(np.less(v, np.multiply(square, history.slope, out=square), out=self._below[: v.size]))
+        below = np.less(v, np.multiply(square, history.slope, out=square), out=self._below[: v.size])
+        return below.nonzero()[0]
 
     def _close_up(
         self, row: npt.NDArray[np.float32], gradient: Tensor, second: Tensor | None, history: History | None
@@ -184,7 +185,7 @@ class GradientReader:
             piece = g[begin : begin + self.PIECE]
             square = np.multiply(piece, piece, out=self._square[: piece.size])
             total += dot(piece, piece)
-            peak = np.maximum(peak, square.max())
+            peak = np.maximum(peak, np.maximum.reduce(square))
             if v is not None and history is not None:
                 some = self._tripped(v[begin : begin + self.PIECE], square, history)
                 if some.size:
@@ -227,8 +228,7 @@ class GradientReader:
 def _spikes(g: Array, v: Array, at: npt.NDArray[np.intp], history: History) -> tuple[float, float]:
     """Number and largest ratio of the spiked elements of a vector on a CPU; ``at`` are those to be looked at."""
     beta2 = history.beta2
-    square, now = g[at].astype(np.float64), v[at].astype(np.float64)
-    square *= square
+    square, now = np.square(g[at], dtype=np.float64), v[at].astype(np.float64)
     before = (now - (1 - beta2) * square) / beta2
     lost = before <= LOST * now
     if lost.any():

@@ -59,7 +59,7 @@ def _of_array(x: Array) -> list[float]:
         return [_hash(_sampled(x))]
     with np.errstate(all="ignore"):
         flat = x.ravel(order="K")  # in memory order, in which no copy is needed
-        size, low, high = dot(flat, flat), float(flat.min()), float(flat.max())
+        size, low, high = dot(flat, flat), float(np.minimum.reduce(flat)), float(np.maximum.reduce(flat))
     # a finite sum proves that there is nothing to count
     count = 0.0 if math.isfinite(size) else float(x.size - np.isfinite(flat).sum())
     return [float(x.size), size, low if math.isnan(low) else max(-low, high), count, _hash(_sampled(x))]

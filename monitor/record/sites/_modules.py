@@ -39,7 +39,6 @@ class ModuleSite(Site, ABC):
         self._looked: dict[int, tuple[int, int]] = {}
         self._open: set[int] = set()
         self._thread = 0
-        self._watch = recorder._guarded(self, self._called)
         self._compiled = False
         self._left_out = 0
 
@@ -66,11 +65,14 @@ class ModuleSite(Site, ABC):
 
     # ---- when it looks
 
+    def listens(self, step: int) -> bool:
+        """True if it is time."""
+        return (step % EVERY == 0 or step in EARLY) and self.due(1, step)
+
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Set the hooks, if it is time."""
+        """Set the hooks."""
         self._disarm()
-        due = self.rec.step % EVERY == 0 or self.rec.step in EARLY
-        if not due or self._looked.get(id(module)) == (self.rec.step, self.rec.epoch):
+        if self._looked.get(id(module)) == (self.rec.step, self.rec.epoch):
             return
         self._open.add(id(module))
         root = unwrap(module)
@@ -96,8 +98,7 @@ class ModuleSite(Site, ABC):
             self._disarm()
             self.forward_ends()
 
-    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        module, name, given = args
+    def _called(self, module: nn.Module, name: str, given: tuple[Any, ...], result: Any) -> None:
         x, y = _tensor(given), _tensor(result if isinstance(result, tuple | list) else (result,))
         if x is not None and y is not None:
             self.read(module, name, x, y)
@@ -116,6 +117,7 @@ class ModuleSite(Site, ABC):
 
     def on_row(self) -> None:
         """Forget what was never trained on."""
+        self._open.clear()
         self.forget()
 
     def missing(self) -> Sequence[tuple[str, str]]:
@@ -147,7 +149,7 @@ class _Look:
         if threading.get_ident() != site._thread or not site.rec.inside_forward:
             return
         self.handle.remove()
-        site._watch((module, self._name, (*args, *kwargs.values())), {}, output)
+        site.rec.tell(site, site._called, module, self._name, (*args, *kwargs.values()), output)
 
 
 def named(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:

@@ -19,5 +19,5 @@ def updates(recorder: Recorder, optimizer: Optimizer, state: Mapping[str, Any]) 
     """
     step = state.get("step")
     if isinstance(step, Tensor):
-        return float(step) if step.device.type == "cpu" else float(recorder.updates(optimizer))
+        return float(step.item() if step.is_cpu else recorder.updates(optimizer))
     return float(step) if isinstance(step, int | float) else None

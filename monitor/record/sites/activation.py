@@ -42,7 +42,7 @@ class ActivationSite(Site):
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         loss = args[0]
-        if loss.device.type != "cpu" or loss.numel() != 1 or self._looked >= _MOST or math.isfinite(float(loss)):
+        if not loss.is_cpu or loss.numel() != 1 or self._looked >= _MOST or math.isfinite(loss.item()):
             return
         self._looked += 1
         if saved_tensor_hooks_active():

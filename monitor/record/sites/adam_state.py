@@ -22,10 +22,12 @@ class AdamStateSite(Site):
 
     name = "adam_state"
 
+    def listens(self, step: int) -> bool:
+        """True if it is time."""
+        return step % EVERY == 0 or step == EARLY
+
     def on_step(self, optimizer: Optimizer) -> None:
         """Record the moments of this optimizer's parameters, if it is of Adam's kind."""
-        if self.rec.step % EVERY and self.rec.step != EARLY:
-            return
         for group in optimizer.param_groups:
             eps, betas = group.get("eps"), group.get("betas")
             if not isinstance(eps, int | float) or not (isinstance(betas, tuple | list) and len(betas) == 2):

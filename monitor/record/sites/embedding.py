@@ -29,10 +29,12 @@ class EmbeddingSite(Site):
         self._seen: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self._unknown = False
 
+    def listens(self, step: int) -> bool:
+        """True if it is time."""
+        return step % EVERY == 0 or step == EARLY
+
     def on_step(self, optimizer: Optimizer) -> None:
         """Look at the moments of every embedding that this optimizer updates."""
-        if self.rec.step % EVERY and self.rec.step != EARLY:
-            return
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for root in self.rec.roots:
             for module in root.modules():

@@ -86,7 +86,7 @@ class EvaluationSite(Site):
         return {func: partial(self._called, func) for func in _LOSSES}
 
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if self.rec.rows >= START or self.rec.stack.looking:
+        if self.rec.rows >= START:
             return
         for loss in losses(args, kwargs):
             nodes = _scaled(loss)

@@ -27,7 +27,9 @@ class OptimizerAgeSite(Site):
         """Keep the oldest."""
         updates = self.rec.updates(optimizer)
         if updates > self._oldest[0]:
-            self._oldest = (updates, float(_remembers(optimizer)))
+            # what it keeps it has made at its first update; looked at once, and last when it is recorded
+            looks = not self._oldest[0] or self.due(EVERY)
+            self._oldest = (updates, float(_remembers(optimizer)) if looks else self._oldest[1])
 
     def on_row(self) -> None:
         """Record it."""

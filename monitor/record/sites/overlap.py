@@ -45,10 +45,12 @@ class OverlapSite(Site):
         self._made: list[_Made] = []
         self._shared: set[int] | None = None  # ids of parameters that more than one optimizer has; None: not known yet
 
+    def listens(self, step: int) -> bool:
+        """True if it is time."""
+        return self.due(EVERY, step)
+
     def on_step(self, optimizer: Optimizer) -> None:
         """Compare with the updates of this step so far, and keep this one for those that follow."""
-        if not self.due(EVERY):
-            return
         if self._shared is None:
             counts = Counter(id(p) for o in self.rec.optimizers for p in _parameters(o))
             self._shared = {key for key, number in counts.items() if number > 1}

@@ -131,6 +131,10 @@ class RouterSite(Site):
         ways |= dict.fromkeys(_MAXIMA, self._maximum) | dict.fromkeys(_NUMBERS, self._numbered)
         return ways | dict.fromkeys(_COMPARISONS, self._limited)
 
+    def listens(self, step: int) -> bool:
+        """True if it is time, for the routers or for their experts."""
+        return super().listens(step) or (step % EXPERTS_EVERY == 0 and step % self.rec.every == 0)
+
     def _looking(self) -> bool:
         return self.rec.training and self.rec.inside_forward and self.due(EVERY)
 

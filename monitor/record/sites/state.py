@@ -24,6 +24,7 @@ class StateSite(Site):
         self._clip: Tensor | None = None
         self._clip_epoch = 0
         self._unscaled = 0
+        self._names: dict[tuple[str, int], tuple[str, ...]] = {}  # of the groups of an optimizer
         self._last = time.perf_counter()
         self._spent = 0.0
 
@@ -67,8 +68,6 @@ class StateSite(Site):
     def on_step(self, optimizer: Optimizer) -> None:
         """Record the learning rate of each parameter group."""
         rates = [g.get("lr") for g in optimizer.param_groups]
-        label = self.rec.label(optimizer)
-        names = [f"{label}.group[{i}]" if label else f"group[{i}]" for i in range(len(rates))]
         if not all(isinstance(r, int | float | Tensor) for r in rates):
             return
         if any(isinstance(r, Tensor) for r in rates):
@@ -76,7 +75,15 @@ class StateSite(Site):
             values = torch.stack([torch.as_tensor(r, dtype=torch.float32, device=device) for r in rates]).view(-1, 1)
         else:
             values = np.array(rates, dtype=np.float64).reshape(-1, 1)
-        self.rec.emit_many("learning_rate", ("lr",), names, values)
+        self.rec.emit_many("learning_rate", ("lr",), self._groups(self.rec.label(optimizer), len(rates)), values)
+
+    def _groups(self, label: str, number: int) -> tuple[str, ...]:
+        """The same tuple at every step: its place in a row is remembered."""
+        known = self._names.get((label, number))
+        if known is None:
+            names = (f"{label}.group[{i}]" if label else f"group[{i}]" for i in range(number))
+            known = self._names[label, number] = tuple(names)
+        return known
 
     def on_row(self) -> None:
         """Record what belongs to the step as a whole."""
