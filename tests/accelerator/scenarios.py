@@ -137,7 +137,7 @@ def experts(attach: Attach) -> nn.Module:
         num_key_value_heads=2, max_position_embeddings=64, num_experts=4, num_experts_per_tok=2, eos_token_id=0,
     )  # fmt: skip
     model: nn.Module = transformers.OlmoeForCausalLM(config)
-    model.to(DEVICE).train()
+    nn.Module.to(model, DEVICE).train()
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     data = torch.randint(0, 96, (8, 16)).to(DEVICE)
     attach(model, opt)

@@ -82,13 +82,19 @@ def test_the_first_nan_is_found(library: Path, tmp_path: Path) -> None:
 def test_the_device_is_recorded_as_the_host(library: Path, tmp_path: Path, name: str) -> None:
     """Oracle: invariance. The same training, with the same kernels, on the host: every column has the same values.
 
-    Those but for float32 that are given in other steps on a device, and the time.
+    But for the time, and what rows drawn at random say of attention.
     """
     _recorded(library, tmp_path / "device", name)
     _recorded(library, tmp_path / "host", name, "on the host")
     device, host = (monitor.open(tmp_path / where) for where in ("device", "host"))
     compared = set()
-    for metric in set(device.metrics()) - {"step_time"}:
+    for metric in set(device.metrics()) - {
+        "step_time",
+        "qk_norm_bound",
+        "attn_logit_max",
+        "attn_entropy",
+        "attn_sink_mass",
+    }:
         both = device.frame(metric).merge(host.frame(metric), on=["step", "module"])
         for column in {name.removesuffix("_x") for name in both if name.endswith("_x")}:
             x, y = both[f"{column}_x"].to_numpy(float), both[f"{column}_y"].to_numpy(float)

@@ -320,8 +320,7 @@ def test_the_accelerator_sees_what_the_cpu_sees() -> None:
     grads = [torch.randn(50), torch.randn(200, 100) * 1e-25, torch.zeros(9), torch.randn(20_000), torch.randn(3, 4, 5)]
     grads[3][7] = math.inf
     grads[4] = grads[4].transpose(0, 2)
-    seconds = [torch.rand_like(g) * 1e-4 if g.numel() != 9 else None for g in grads]
-    seconds[1].mul_(1e-50)
+    seconds = [torch.rand_like(g) * (1e-4 if i != 1 else 1e-54) if i != 2 else None for i, g in enumerate(grads)]
     remembered, history = [v is not None for v in seconds], History(seconds, 0.99, 50)
     spikes = SpikeReader([g.numel() for g in grads], remembered)
     found = np.full((len(grads), 2), ABSENT)
