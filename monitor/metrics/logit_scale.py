@@ -89,7 +89,7 @@ METRIC = Metric(
     ),
     compute=compute,
     source="definition; arXiv 2501.04697 sec. 4",
-    cost="shared by all metrics of logits: one read of at most 256 rows, or of all when rows x classes <= 2^14",
+    cost="shared by all metrics of logits: up to 256 rows, or all of 2^14 logits; every 5 steps, 20 on an accelerator",
     plot=Plot("row_std"),
     oracle=oracle,
     reads="logit_rows",

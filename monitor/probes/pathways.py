@@ -87,7 +87,7 @@ class Pathways(Probe):
         g = [x.g for x in layers]
         moment.emit("pathway_distance", pathway.DISTANCE, "", pathway.distances(g, [x.router.k for x in layers]))
         weights = [x.router.weight for x in layers]
-        known = [w.double().cpu().numpy() for w in weights if w is not None]
+        known = [w.cpu().double().numpy() for w in weights if w is not None]
         if len(known) == len(layers) > 1 and len({w.shape[1] for w in known}) == 1:
             moment.emit("pathway_consistency", pathway.CONSISTENCY, "", pathway.consistency(g, known))
         for x in layers:
@@ -170,4 +170,4 @@ def _layer(router: Router, z: Tensor, samples: int) -> _Layer:
     g = tokens.view(samples, -1, router.experts).mean(1)[:: -(-samples // SAMPLES)]
     some = tokens[:: -(-len(tokens) // TOKENS)]
     chosen = torch.zeros_like(some, dtype=torch.bool).scatter_(1, some.topk(router.k).indices, True)
-    return _Layer(router, g.double().cpu().numpy(), chosen)
+    return _Layer(router, g.cpu().double().numpy(), chosen)

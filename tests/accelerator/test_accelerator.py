@@ -15,7 +15,13 @@ from tests.warm import ROOT, run_warm
 
 NAMES = [t.__name__ for t in TRAININGS if t.__name__ != "deep_gpt"]
 #: Operations that recording may add to those of a training, each of which costs the host what a kernel's launch does.
-SHARE = 0.06
+SHARE = 0.1
+#: Metrics of nothing that is drawn at random.
+EXACT = {
+    "clip", "distance_from_start", "eps_ratio", "expert_norm", "grad_norm", "grad_norm_total", "input_rms",
+    "learning_rate", "loss", "loss_zero_frac", "nlm_cos", "norm_layer", "param_norm", "router_balance", "router_load",
+    "spam_spike", "train_accuracy", "update_ratio",
+}  # fmt: skip
 #: What the end of a run waits for, and a row that becomes wider.
 ENDS = "synchronize event in ring.py"
 
@@ -37,11 +43,18 @@ def test_nothing_changes_and_nobody_waits(library: Path, tmp_path: Path, name: s
     assert found["equal"]
     assert found["warnings"] == [] or name == "graph"
     waits = {where: n for where, n in found["waits"].items() if not where.startswith(ENDS)}
-    if name == "curvature":
-        waits = {where: n for where, n in waits.items() if "/probes/" not in where and "/curvature/" not in where}
-    if name != "half_on_the_host":
+    if name not in ("half_on_the_host", "curvature"):  # a Hessian product now and then is waited for
         assert waits == {}
-    assert sum(found["waits"].values()) - sum(waits.values()) <= 6 or name == "curvature"
+    assert sum(found["waits"].values()) - sum(waits.values()) <= 6
+
+
+@pytest.mark.parametrize("name", ["plain", "experts", "autocast", "convolutions"])
+def test_without_float64(library: Path, tmp_path: Path, name: str) -> None:
+    """Oracle: invariance. On a device that has no float64, as Apple's, every site records."""
+    found = _recorded(library, tmp_path / "run", name, "no float64")
+    assert found["equal"]
+    assert found["warnings"] == []
+    assert {"grad_norm", "update_ratio", "loss"} <= set(found["metrics"])
 
 
 def test_rows_are_whole_and_in_order(library: Path, tmp_path: Path) -> None:
@@ -82,19 +95,14 @@ def test_the_first_nan_is_found(library: Path, tmp_path: Path) -> None:
 def test_the_device_is_recorded_as_the_host(library: Path, tmp_path: Path, name: str) -> None:
     """Oracle: invariance. The same training, with the same kernels, on the host: every column has the same values.
 
-    But for the time, and what rows drawn at random say of attention.
+    But for the time, and, in models where there is so much that rows are drawn at random, what those say.
     """
     _recorded(library, tmp_path / "device", name)
     _recorded(library, tmp_path / "host", name, "on the host")
     device, host = (monitor.open(tmp_path / where) for where in ("device", "host"))
     compared = set()
-    for metric in set(device.metrics()) - {
-        "step_time",
-        "qk_norm_bound",
-        "attn_logit_max",
-        "attn_entropy",
-        "attn_sink_mass",
-    }:
+    recorded = set(device.metrics()) - {"step_time"}
+    for metric in recorded if name == "plain" else recorded & EXACT:
         both = device.frame(metric).merge(host.frame(metric), on=["step", "module"])
         for column in {name.removesuffix("_x") for name in both if name.endswith("_x")}:
             x, y = both[f"{column}_x"].to_numpy(float), both[f"{column}_y"].to_numpy(float)
@@ -103,4 +111,4 @@ def test_the_device_is_recorded_as_the_host(library: Path, tmp_path: Path, name:
                 compared.add(f"{metric}.{column}")
                 scale = float(np.abs(y[known]).max())
                 np.testing.assert_allclose(x[known], y[known], rtol=2e-3, atol=1e-5 * scale, err_msg=column)
-    assert {"grad_norm.norm", "logit_norm.mean", "update_ratio.ratio", "distance_from_start.distance"} <= compared
+    assert {"grad_norm.norm", "loss_zero_frac.frac", "update_ratio.ratio", "distance_from_start.distance"} <= compared

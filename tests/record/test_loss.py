@@ -110,3 +110,20 @@ def test_gradients_of_another_model_removed(tmp_path: Path) -> None:
             expected.append(sum(loss.item() for loss in losses))
     run = monitor.open(tmp_path / "run")
     assert run.series("loss.value", "")[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_of_two_dtypes_are_clipped_once(tmp_path: Path) -> None:
+    """Oracle: definition. torch multiplies those of each dtype and device in a call of its own, by the same factor."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2).double()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    factors = []
+    with monitor.attach(model, tmp_path / "run"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model[1](model[0](torch.randn(8, 4) * 30).double()).square().mean().backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            factors.append(0.5 / (norm.item() + 1e-6))
+            optimizer.step()
+    assert max(factors) < 1
+    assert monitor.open(tmp_path / "run").series("clip.coefficient")[1] == pytest.approx(factors)

@@ -16,7 +16,8 @@ from monitor.block import ABSENT, ABSENT_BITS
 from monitor.record.passes import distance, logit_rows, loss_rows, side_by_side
 from monitor.record.passes.gradient import THETA, TURNS, GradientReader, History
 from monitor.record.passes.gradient_device import SpikeReader, gradient_norms
-from monitor.record.passes.input import input_stats
+from monitor.record.passes.input import fingerprints, input_stats
+from monitor.record.passes.input import sizes as input_sizes
 from monitor.record.passes.parameter import ParameterReader, on_device
 from monitor.record.passes.side_by_side import SideBySide, norms
 
@@ -249,6 +250,81 @@ def test_where_only_some_rows_are_looked_at_the_choice_is_still_near() -> None:
     share = ((z.argmax(1) == y).sum() / hits).item()
     got = loss_rows.right(z, y, every) / hits
     assert abs(got - share) < 4 * math.sqrt(share * (1 - share) / loss_rows.TIED)
+
+
+LOGITS = {
+    "rows": (torch.float32, 3.0),
+    "small": (torch.float32, 0.01),
+    "collapsed": (torch.float32, 60.0),
+    "float64": (torch.float64, 10.0),
+    "float16": (torch.float16, 3.0),
+    "bfloat16": (torch.bfloat16, 30.0),
+}
+
+
+@pytest.mark.parametrize("tile", [1 << 24, 60])
+@pytest.mark.parametrize("ignored", [0, 23, 40], ids=["all count", "some count", "none counts"])
+@pytest.mark.parametrize(("dtype", "scale"), LOGITS.values(), ids=LOGITS)
+def test_logits_on_an_accelerator(
+    dtype: torch.dtype, scale: float, ignored: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: independent computation. Batched torch, run on a CPU, against numpy; equal logits, masked classes, NaN.
+
+    The rows with NaN and infinity once count and once do not.
+    """
+    monkeypatch.setattr(logit_rows, "TILE_DEVICE", tile)
+    g = torch.Generator().manual_seed(0)
+    z, y = (torch.randn(40, 17, generator=g) * scale).to(dtype), torch.randint(0, 17, (40,), generator=g)
+    z[30:38].scatter_(1, y[30:38, None], 100.0)
+    z[1] = 3
+    z[2, 4] = z[2].max()
+    for broken in ("nothing", "masked", "NaN", "inf"):
+        if broken == "masked":
+            z[39, y[39] :] = -math.inf
+            z[39, y[39]] = z[38, y[38]] = 1
+        elif broken == "NaN":
+            z[0, 7] = math.nan
+        elif broken == "inf":
+            z[0, 7] = math.inf
+        left_out = torch.arange(40) < ignored
+        classes = torch.where(left_out, -100, y)
+        wanted = np.asarray(logit_rows.logit_rows(z, classes, torch.float32, ~left_out))
+        wanted[[4, 6]] = np.maximum(wanted[[4, 6]], 0)  # the largest norm of no row is 0 there
+        got = logit_rows.on_device(z, classes, torch.float32, left_out)
+        _alike(got, wanted, broken == "inf" and ignored == 0)
+        if ignored == 0:
+            _alike(logit_rows.on_device(z, y, torch.float32, None), wanted, broken == "inf")
+            none = logit_rows.on_device(z, None, torch.float32, None)
+            _alike(none[:13], wanted[:13], broken == "inf")
+            assert none[[13, 20, 21]].isnan().all()
+
+
+def _alike(got: Tensor, wanted: np.ndarray, infinite: bool) -> None:
+    """Equal up to float32; of an infinite logit sums may be NaN on one side and infinite on the other."""
+    a, b = got.numpy().astype(np.float64), wanted
+    if infinite:
+        assert (np.isfinite(a) == np.isfinite(b)).all()
+        a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+    np.testing.assert_allclose(a, b, rtol=3e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize("ignore", [-100, 1], ids=["no class", "a class"])
+@pytest.mark.parametrize("dims", [0, 1], ids=["rows", "image"])
+@pytest.mark.parametrize("z", TIES.values(), ids=TIES)
+def test_losses_on_an_accelerator(z: Tensor, dims: int, ignore: int) -> None:
+    """Oracle: independent computation. Nine operations, run on a CPU, against torch's own loss and argmax."""
+    z = z[(..., *[None] * dims)].clone()
+    y = torch.randint(0, z.shape[1], (len(z), *z.shape[2:]), generator=torch.Generator().manual_seed(4))
+    y = torch.where(torch.rand(y.shape, generator=torch.Generator().manual_seed(5)) < 0.2, ignore, y)
+    z[:9] = z[:9].scatter(1, torch.where(y == ignore, 0, y)[:9].unsqueeze(1), 500.0)
+    valid = y != ignore
+    logp = z.log_softmax(1)
+    n, zero, correct, top1, looked = loss_rows.on_device(logp, y, ~valid, z).tolist()
+    assert n == looked == valid.sum()
+    losses = F.nll_loss(logp, torch.where(valid, y, -100), ignore_index=-100, reduction="none")
+    assert zero == ((losses == 0) & valid).sum() > 0
+    assert correct == ((z.argmax(1) == y) & valid & ~z.isnan().any(1)).sum()
+    assert top1 == pytest.approx(logp.float().exp().amax(1)[valid].sum().item(), rel=1e-5, nan_ok=True)
 
 
 def gradient_stats(*grads: Tensor) -> list[list[float]]:
@@ -502,3 +578,28 @@ def test_input_statistics_and_fingerprint() -> None:
     x[0, 0] = math.nan
     assert input_stats(x)[3] == 1
     assert math.isnan(input_stats(x)[2])
+
+
+def test_inputs_on_an_accelerator() -> None:
+    """Oracle: independent computation. All inputs at once, run on a CPU, against numpy: dtypes, views, NaN."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(41, 60, generator=g) * 100
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
+    inputs = [x.to(d) for d in (*dtypes, torch.uint8, torch.bool)]
+    inputs += [x.T, x[::2, 1:], x[0], x[0, 0], torch.randint(-9, 9, (3, 5, 7), generator=g), torch.randn(6, 3000)]
+    assert fingerprints(inputs).tolist() == [input_stats(i)[-1] for i in inputs]
+    assert fingerprints(inputs[:1]).tolist() == [input_stats(x)[-1]]
+    x[3, 4], x[5, 6] = math.nan, -math.inf
+    for i in (*inputs, x, x.T, x[5:], x[7:].bfloat16()):
+        if i.is_floating_point():
+            np.testing.assert_allclose(input_sizes(i).numpy(), input_stats(i)[1:4], rtol=1e-5)
+
+
+def test_large_inputs_on_an_accelerator_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: planted fault. Five elements that are not finite are five, however many parts."""
+    monkeypatch.setattr("monitor.record.passes.input._SCRATCH", 100)
+    x = torch.zeros(50, 30)
+    x[::10, 3] = math.nan
+    assert input_sizes(x)[2] == 5
+    assert input_sizes(x[0])[2] == 1
+    assert input_sizes(x[1:2])[2] == 0

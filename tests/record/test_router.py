@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import monitor
-from monitor.record.passes.router import HEAD, LOAD_STATS, STATS, balance, joined, on_device, router_sums
+from monitor.record.passes.router import (
+    HEAD,
+    LOAD_STATS,
+    STATS,
+    balance,
+    balance_on_device,
+    joined,
+    joined_on_device,
+    on_device,
+    router_sums,
+)
 from monitor.record.site import START
 from tests.record import moe, trainings
 
 
-def numbers(sums: Tensor | np.ndarray) -> tuple[dict[str, float], list[list[float]]]:
+def numbers(sums: np.ndarray) -> tuple[dict[str, float], list[list[float]]]:
     values, loads = balance(sums)
     return dict(zip(STATS, values.tolist(), strict=True)), loads.tolist()
 
@@ -82,16 +92,35 @@ def test_micro_batches_join_to_the_whole() -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_on_an_accelerator_the_same(known: bool) -> None:
-    """Oracle: invariance. The way without a host sync gives what numpy gives, also joined and without scores."""
-    z = 5 * torch.randn(70, 9, generator=torch.Generator().manual_seed(2))
+    """Oracle: invariance. All routers at once, without a host sync, give what numpy gives for each; joined as well.
+
+    One has a masked score, one a NaN, one sends everything to one expert and one has equal scores.
+    """
+    g = torch.Generator().manual_seed(2)
+    z = 5 * torch.randn(5, 2, 70, 9, generator=g)
+    z[1, 0, 3, 4] = -math.inf
+    z[2, 1, 6, 8] = math.nan
+    z[3, :, :, 7] += 1000
+    z[4] = 0
     chosen = z.topk(2).indices
-    read = z[::3] if known else None
-    one, other = router_sums(chosen, 9, read), on_device(chosen, 9, read)
-    assert isinstance(one, np.ndarray) and isinstance(other, Tensor) and other.dtype == torch.float32
-    np.testing.assert_allclose(other.numpy(), one, rtol=1e-5)
-    np.testing.assert_allclose(joined(other, other).numpy(), joined(one, one), rtol=1e-5)  # pyright: ignore
-    for a, b in zip(balance(other), balance(one), strict=True):
-        np.testing.assert_allclose(np.asarray(a), b, rtol=1e-4)
+    read = z[:, :, ::3] if known else None
+
+    def both(i: int, j: int) -> np.ndarray:
+        return router_sums(chosen[i, j], 9, None if read is None else read[i, j])
+
+    made = [on_device(list(chosen[:, j]), 9, None if read is None else list(read[:, j])) for j in (0, 1)]
+    assert made[0].dtype == torch.float32
+    for j in (0, 1):
+        np.testing.assert_allclose(made[j].numpy(), [both(i, j) for i in range(5)], rtol=1e-5, atol=1e-4)
+    whole = joined_on_device([[made[0][i], made[1][i]] for i in range(5)])
+    wanted = [joined(both(i, 0), both(i, 1)) for i in range(5)]
+    np.testing.assert_allclose(whole.numpy(), wanted, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(joined_on_device([[v] for v in made[0]]).numpy(), made[0].numpy())
+    early = torch.arange(5.0)
+    for found, n in ((balance_on_device(whole, early), early), (balance_on_device(whole), [math.nan] * 5)):
+        for i in range(5):
+            for a, b in zip(found, balance(wanted[i], float(n[i])), strict=True):
+                np.testing.assert_allclose(a[i].numpy(), b, rtol=1e-4, atol=1e-5)
 
 
 def test_not_finite_is_kept() -> None:

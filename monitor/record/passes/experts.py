@@ -47,7 +47,7 @@ def sample(parts: Sequence[Tensor | list[Tensor]]) -> list[Tensor]:
     found = []
     for p, size in zip(first, sizes, strict=True):
         number = min(size, max(1, round(share * size)))
-        found.append(torch.randperm(size, generator=g)[:number].sort().values.to(p.device))
+        found.append(torch.randperm(size, generator=g)[:number].sort().values.to(p.device, non_blocking=True))
     return found
 
 

@@ -12,6 +12,8 @@ Source: definition; Zoph et al. (2022), ST-MoE, arXiv 2202.08906, eq. 5, for the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,14 +30,17 @@ LOAD_STATS = ("chosen", "assigned")
 #: Head of the vector of sums; behind it the sum of P and the counts, one for each expert.
 _TOKENS, _ROWS, _ENTROPY, _LSE2, _TOP, _MARGIN, _OVER, _DROPPED, _LIMITED, HEAD = range(10)
 
+#: What a model's own limit of capacity left out, in the vector of sums.
+LIMITS = slice(_DROPPED, _LIMITED + 1)
+
 #: Capacity of an expert over its share in perfect balance: Fedus et al. (2021), Switch Transformers, section 2.2.
 FACTOR = 1.25
 
 Vector = Tensor | np.ndarray
 
 
-def router_sums(chosen: Tensor, experts: int, z: Tensor | None) -> Vector:
-    """The sums of one call of a router, ``(HEAD + 2·experts,)``.
+def router_sums(chosen: Tensor, experts: int, z: Tensor | None) -> np.ndarray:
+    """The sums of one call of a router on a CPU, ``(HEAD + 2·experts,)``.
 
     Args:
         chosen: ``(token, k)`` int64, the experts of each token; read only.
@@ -44,48 +49,72 @@ def router_sums(chosen: Tensor, experts: int, z: Tensor | None) -> Vector:
             are known. None if neither is.
 
     Returns:
-        A float64 array on a CPU, a float32 tensor on the device elsewhere: tokens, rows, sum of the entropies, sum of
-        squares of the log-sum-exp, largest score, sum of the margins of the first over the second score, assignments
-        over capacity, two places for `limits`, sum of P, times each expert was chosen.
+        float64: tokens, rows, sum of the entropies, sum of squares of the log-sum-exp, largest score, sum of the
+        margins of the first over the second score, assignments over capacity, two places for `limits`, sum of P, times
+        each expert was chosen.
 
-    Cost: one read of ``chosen`` and ``z``, a few temporaries of the size of ``z``; no host sync on an accelerator.
+    Cost: one read of ``chosen`` and ``z``, a few temporaries of the size of ``z``.
     """
-    if chosen.device.type == "cpu":
-        counts = np.bincount(chosen.numpy().reshape(-1), minlength=experts)
-        values, p = [0.0, 0.0, -np.inf, 0.0], np.zeros(experts)
-        if z is not None and len(z):
-            with np.errstate(all="ignore"):
-                values, p = _rows(np, np.ascontiguousarray(z.float().numpy().T))
-        rows = 0 if z is None else len(z)
-        head = [chosen.shape[0], rows, *values, _over(np, counts, chosen.numel()), 0, 0]
-        return np.concatenate((head, p, counts)).astype(np.float64)
-    return on_device(chosen, experts, z)
-
-
-def on_device(chosen: Tensor, experts: int, z: Tensor | None) -> Tensor:
-    """The same without a host sync, as `router_sums` does on an accelerator."""
-    counts = torch.zeros(experts, device=chosen.device)
-    flat = chosen.reshape(-1)
-    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
-    head = counts.new_zeros(HEAD)
-    head[_TOKENS] += chosen.shape[0]
-    head[_TOP] -= torch.inf
-    p = torch.zeros_like(counts)
+    counts = np.bincount(chosen.numpy().reshape(-1), minlength=experts)
+    values, p = [0.0, 0.0, -np.inf, 0.0], np.zeros(experts)
     if z is not None and len(z):
-        values, p = _rows(torch, z.float().T.contiguous())
-        head[_ROWS] += len(z)
-        head[_ENTROPY : _MARGIN + 1] = torch.stack(values)
-    head[_OVER] += _over(torch, counts, chosen.numel())
-    return torch.cat((head, p, counts))
+        with np.errstate(all="ignore"):
+            values, p = _rows(np.ascontiguousarray(z.float().numpy().T))
+    rows = 0 if z is None else len(z)
+    head = [chosen.shape[0], rows, *values, _over(counts, chosen.numel()), 0, 0]
+    return np.concatenate((head, p, counts)).astype(np.float64)
 
 
-def _over(xp: Any, counts: Any, assigned: int) -> Any:
+def on_device(chosen: Sequence[Tensor], experts: int, z: Sequence[Tensor] | None) -> Tensor:
+    """`router_sums` of several calls at once, without waiting for the device: ``(call, HEAD + 2·experts)`` float32.
+
+    Args:
+        chosen: of each call, all of one shape.
+        experts: how many there are.
+        z: of each call, all of one shape; None if they are not known.
+
+    Cost: about 30 operations, however many calls; a few temporaries of the size of all ``z``.
+    """
+    calls, flat = len(chosen), torch.stack(tuple(chosen)).flatten(1)
+    one, first = _constants(flat.device, calls, experts)
+    counts = one.new_zeros(calls * experts)
+    # of one dimension, for which torch has a way that is always the same, where that is asked for
+    counts = counts.scatter_add_(0, (flat + first).view(-1), one.expand(flat.numel())).view(calls, experts)
+    over = (counts - _capacity(flat.shape[1], experts)).clamp_min_(0).sum(1)
+    tokens, none = counts.new_full((calls,), len(chosen[0])), counts.new_zeros(calls)
+    if z is None or not len(z[0]):
+        head = torch.stack((tokens, none, none, none, none - torch.inf, none, over, none, none), 1)
+        return torch.cat((head, torch.zeros_like(counts), counts), 1)
+    scores = torch.stack(tuple(z)).float()
+    rows = counts.new_full((calls,), scores.shape[1])
+    top, at = scores.max(-1)
+    p = scores.softmax(-1)
+    lse = top - p.amax(-1).log_()
+    margin = (top - scores.scatter(-1, at.unsqueeze(-1), -torch.inf).amax(-1)).sum(1)
+    mass = p.sum(1)
+    entropy = torch.xlogy(p, p, out=p).sum((1, 2)).neg_()
+    head = torch.stack((tokens, rows, entropy, lse.square_().sum(1), top.amax(1), margin, over, none, none), 1)
+    return torch.cat((head, mass, counts), 1)
+
+
+@lru_cache(maxsize=32)
+def _constants(device: torch.device, calls: int, experts: int) -> tuple[Tensor, Tensor]:
+    """A one, ``(1,)``, and the number of experts of the calls before each, ``(call, 1)``."""
+    before = torch.arange(calls).unsqueeze(1) * experts
+    return torch.ones(1).to(device, non_blocking=True), before.to(device, non_blocking=True)
+
+
+def _capacity(assigned: int, experts: int) -> int:
+    return math.ceil(FACTOR * assigned / experts)
+
+
+def _over(counts: np.ndarray, assigned: int) -> float:
     """Assignments beyond ``⌈1.25 · assigned / E⌉`` of an expert."""
-    return xp.clip(counts - math.ceil(FACTOR * assigned / len(counts)), 0, None).sum()
+    return np.clip(counts - _capacity(assigned, len(counts)), 0, None).sum()
 
 
-def limits(sums: Vector, chosen: Tensor, wanted: Tensor, room: Tensor) -> None:
-    """Add what a model's own capacity limit left out to the sums of a call.
+def limits(sums: np.ndarray, chosen: Tensor, wanted: Tensor, room: Tensor) -> None:
+    """Add what a model's own capacity limit left out to the sums of a call on a CPU.
 
     Args:
         sums: of `router_sums`; changed.
@@ -93,27 +122,26 @@ def limits(sums: Vector, chosen: Tensor, wanted: Tensor, room: Tensor) -> None:
         wanted: ``(token, expert)``, 1 where the model asked for an expert in one of its queues.
         room: ``(token, expert)`` bool, where the place in that queue is within the capacity.
     """
+    sums[LIMITS] += left_out(chosen, wanted, room).numpy()
+
+
+def left_out(chosen: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
+    """``(2,)`` int64, to be added to `LIMITS`: assignments that were dropped, and those that were asked for."""
     asked = wanted.gather(1, chosen) != 0
-    lost = asked & ~room.gather(1, chosen)
-    if isinstance(sums, np.ndarray):
-        sums[[_DROPPED, _LIMITED]] += int(lost.sum()), int(asked.sum())
-    else:
-        sums[_DROPPED : _LIMITED + 1] += torch.stack((lost.sum(), asked.sum()))
+    return torch.stack((asked > room.gather(1, chosen), asked)).flatten(1).sum(1)
 
 
-def add_choice(sums: Vector, other: Vector, assigned: int) -> None:
+def add_choice(sums: np.ndarray, other: np.ndarray, assigned: int) -> None:
     """Count another choice of the same tokens, such as the second of a router that takes one maximum after another.
 
     Args:
-        sums: of `router_sums`; changed.
+        sums: of `router_sums` on a CPU; changed.
         other: those of the other choice.
         assigned: assignments of both together.
     """
-    x: Any = sums
-    y: Any = other
-    counts = x[HEAD + (len(x) - HEAD) // 2 :]
-    counts += y[HEAD + (len(x) - HEAD) // 2 :]
-    x[_OVER] = _over(np if isinstance(sums, np.ndarray) else torch, counts, assigned)
+    counts = sums[HEAD + (len(sums) - HEAD) // 2 :]
+    counts += other[HEAD + (len(sums) - HEAD) // 2 :]
+    sums[_OVER] = _over(counts, assigned)
 
 
 def z_of(sums: Vector) -> Any:
@@ -122,69 +150,95 @@ def z_of(sums: Vector) -> Any:
         return sums[_LSE2] / sums[_ROWS]
 
 
-def _rows(xp: Any, z: Any) -> tuple[list[Any], Any]:
+def _rows(z: np.ndarray) -> tuple[list[Any], Any]:
     """``[sum of entropies, of squared lse, largest, sum of margins]`` and the sum of P, of ``(expert, row)`` scores.
 
-    ``xp`` is numpy or torch. Experts are few: along the rows numpy is twenty times faster than across them.
+    Experts are few: along the rows numpy is twenty times faster than across them.
     """
-    top = xp.amax(z, axis=0)
+    top = np.amax(z, axis=0)
     d = z - top
-    e = xp.exp(d)
+    e = np.exp(d)
     total = e.sum(axis=0)
-    log = xp.log(total)
+    log = np.log(total)
     # the clip keeps scores of -inf (experts that were masked) out of 0 * inf
-    entropy = log - (e * xp.clip(d, -200, None)).sum(axis=0) / total
-    return [entropy.sum(), xp.square(top + log).sum(), xp.amax(top), _margins(xp, d)], (e / total).sum(axis=1)
+    entropy = log - (e * np.clip(d, -200, None)).sum(axis=0) / total
+    return [entropy.sum(), np.square(top + log).sum(), np.amax(top), _margins(d)], (e / total).sum(axis=1)
 
 
-def _margins(xp: Any, d: Any) -> Any:
+def _margins(d: np.ndarray) -> Any:
     """Sum over rows of largest minus second largest; ``d`` is ``(expert, row)``, less its largest."""
     top = d == 0
-    second = xp.amax(xp.where(top, -xp.inf, d), axis=0)
-    return -xp.where(top.sum(axis=0) > 1, 0.0, second).sum()
+    second = np.amax(np.where(top, -np.inf, d), axis=0)
+    return -np.where(top.sum(axis=0) > 1, 0.0, second).sum()
 
 
-def joined(a: Vector, b: Vector) -> Vector:
-    """The sums of two micro-batches as if they had been one."""
-    x: Any = a
-    y: Any = b
+def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sums of two micro-batches on a CPU as if they had been one."""
     with np.errstate(all="ignore"):
-        total = x + y
-    total[_TOP] = np.maximum(x[_TOP], y[_TOP]) if isinstance(a, np.ndarray) else torch.maximum(x[_TOP], y[_TOP])
+        total = a + b
+    total[_TOP] = np.maximum(a[_TOP], b[_TOP])
     return total
 
 
-def balance(sums: Vector, early: Any = math.nan) -> tuple[Vector, Vector]:
+def joined_on_device(sums: Sequence[Sequence[Tensor]]) -> Tensor:
+    """``(router, HEAD + 2·experts)``: of each router the sums of its micro-batches, of which all have as many."""
+    each = torch.stack([vector for parts in sums for vector in parts]).unflatten(0, (len(sums), -1))
+    if each.shape[1] == 1:
+        return each[:, 0]
+    total = each.sum(1)
+    total[:, _TOP] = each[:, :, _TOP].amax(1)
+    return total
+
+
+def balance(s: np.ndarray, early: Any = math.nan) -> tuple[np.ndarray, np.ndarray]:
     """The statistics of a router and of its experts.
 
     Args:
-        sums: of `router_sums`.
+        s: the sums of `router_sums` on a CPU.
         early: its z-loss at an earlier step, ``()``.
 
     Returns:
         ``(len(STATS),)`` and ``(experts, 2)`` (`LOAD_STATS`).
     """
-    with np.errstate(all="ignore"):
-        return _balance(np if isinstance(sums, np.ndarray) else torch, sums, early)
-
-
-def _balance(xp: Any, s: Any, early: Any) -> tuple[Vector, Vector]:
     experts = (len(s) - HEAD) // 2
-    p, counts = s[HEAD : HEAD + experts], s[HEAD + experts :]
-    assigned = counts.sum()
-    load = counts / assigned
-    mean = p / p.sum()
-    number = xp.zeros_like(assigned) + experts
-    # a mask that does not account for every assignment is not the one that limits them
-    limited = xp.where(s[_LIMITED] == assigned, s[_LIMITED], xp.zeros_like(assigned))
-    values = (
-        s[_TOKENS], s[_ROWS], number, assigned, s[_ENTROPY], _entropy(xp, mean), s[_LSE2], s[_TOP],
-        xp.square(load).sum(), xp.amax(load), _entropy(xp, load), s[_MARGIN], s[_OVER], s[_DROPPED], limited,
-        xp.zeros_like(assigned) + early,
-    )  # fmt: skip
-    return xp.stack(values), xp.stack((counts, xp.zeros_like(counts) + assigned), 1)
+    with np.errstate(all="ignore"):
+        p, counts = s[HEAD : HEAD + experts], s[HEAD + experts :]
+        assigned = counts.sum()
+        load = counts / assigned
+        mean = p / p.sum()
+        # a mask that does not account for every assignment is not the one that limits them
+        limited = s[_LIMITED] if s[_LIMITED] == assigned else 0.0
+        values = (
+            s[_TOKENS], s[_ROWS], experts, assigned, s[_ENTROPY], _entropy(mean), s[_LSE2], s[_TOP],
+            np.square(load).sum(), np.amax(load), _entropy(load), s[_MARGIN], s[_OVER], s[_DROPPED], limited, early,
+        )  # fmt: skip
+        return np.stack(values), np.stack((counts, np.zeros_like(counts) + assigned), 1)
 
 
-def _entropy(xp: Any, p: Any) -> Any:
+def _entropy(p: np.ndarray) -> Any:
     """Nats; 0 ln 0 is 0, and NaN stays NaN."""
-    return -(p * xp.log(xp.where(p == 0, xp.ones_like(p), p))).sum()
+    return -(p * np.log(np.where(p == 0, np.ones_like(p), p))).sum()
+
+
+def balance_on_device(sums: Tensor, early: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same of several routers at once: ``(router, len(STATS))`` and ``(router, experts, 2)``.
+
+    Args:
+        sums: of `joined_on_device`.
+        early: ``(router,)``.
+
+    Cost: 14 operations.
+    """
+    both = sums[:, HEAD:].unflatten(1, (2, -1))  # P and the counts: (router, 2, expert)
+    total = both.sum(2, keepdim=True)
+    share = both / total
+    load, assigned = share[:, 1], total[:, 1, 0]
+    entropy = torch.xlogy(share, share).sum(2).neg_()
+    s = sums.unbind(1)
+    limited = s[_LIMITED] * (s[_LIMITED] == assigned)
+    values = (
+        s[_TOKENS], s[_ROWS], torch.full_like(assigned, both.shape[2]), assigned, s[_ENTROPY], entropy[:, 0], s[_LSE2],
+        s[_TOP], load.square().sum(1), load.amax(1), entropy[:, 1], s[_MARGIN], s[_OVER], s[_DROPPED], limited,
+        torch.full_like(assigned, math.nan) if early is None else early,
+    )  # fmt: skip
+    return torch.stack(values, 1), torch.stack((both[:, 1], total[:, 1].expand_as(both[:, 1])), 2)

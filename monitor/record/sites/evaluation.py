@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from monitor.record.mode import Watcher
 from monitor.record.passes import loss_rows
+from monitor.record.passes.dtype import widest
 from monitor.record.site import START, Site
 from monitor.record.sites._backward import BACKWARD, losses
 from monitor.record.sites.logged import LoggedSite
@@ -176,12 +177,18 @@ class EvaluationSite(Site):
         self._add("acc", loss_rows.right(z, y.long(), valid), count, summed=True)
 
     def _add(self, kind: str, value: Tensor, weight: Any, summed: bool = False) -> None:
-        x = value.item() if self.rec.on_cpu else value.detach().double().reshape(())
-        if not summed:  # the mean over no target is not a number
-            known = weight > 0
-            x = torch.where(known, x * weight, 0.0) if isinstance(known, Tensor) else x * weight if known else 0.0
+        x: Any
+        if self.rec.on_cpu:
+            x = value.item()
+            if not summed:  # the mean over no target is not a number
+                x = x * weight if weight > 0 else 0.0
+        else:
+            x = value.detach().to(widest(value.device)).reshape(())
+            if not summed:
+                x = x * weight
+                x = x.masked_fill(weight <= 0, 0) if isinstance(weight, Tensor) else x if weight > 0 else 0.0
         total, weights = self._means.get(kind, (0.0, 0.0))
-        self._means[kind] = total + x, weights + weight
+        self._means[kind] = total + _beside(x, total), weights + _beside(weight, weights)
 
     def waiting(self) -> bool:
         """True if the model was evaluated after its last step."""
@@ -198,6 +205,11 @@ class EvaluationSite(Site):
                 if isinstance(weight, Tensor) or weight > 0:
                     logged.evaluated(kind, total / weight)
             self._means.clear()
+
+
+def _beside(x: Any, y: Any) -> Any:
+    """``x`` where ``y`` is: batches may be evaluated on several accelerators."""
+    return x.to(y.device, non_blocking=True) if isinstance(x, Tensor) and isinstance(y, Tensor) else x
 
 
 def _along(x: Tensor, axis: int, part: slice) -> Tensor:

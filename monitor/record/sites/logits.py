@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,10 +20,12 @@ from monitor.record.site import Site
 ALL, ROWS = 1 << 14, 256
 #: Most logits of which a copy is made (64 MiB of float32): where rows do not lie one after another.
 COPIED = 1 << 24
-#: Most logits whose log-probabilities are made at a time (4 MiB of float32), where those of the loss cannot be read.
-MADE = 1 << 20
-#: Steps between two looks at what needs an exponential of every logit.
-EVERY = 5
+#: Most logits whose log-probabilities are made at a time, where those of the loss cannot be read: 4 MiB of float32, on
+#: an accelerator 64.
+MADE, MADE_DEVICE = 1 << 20, 1 << 24
+#: Steps between two looks at what needs an exponential of every logit, on a CPU and on an accelerator, where the number
+#: of its operations is what it costs.
+EVERY, EVERY_DEVICE = 5, 20
 _IGNORE = -100
 
 
@@ -75,42 +78,48 @@ class LogitsSite(Site):
         name = "cross_entropy" if self._calls == 0 else f"cross_entropy[{self._calls}]"
         self._calls += 1
         dtype = logp.dtype if logp is not None else _loss_dtype(z)
-        if self.due(EVERY):
-            rows, targets = self._sample(z, y if classes else None)
-            stats = logit_rows.logit_rows(rows, targets, dtype, _counting(targets, ignore))
+        ignored = y == ignore if classes and not z.is_cpu else None
+        if self.due(EVERY if z.is_cpu else EVERY_DEVICE):
+            rows, targets, left_out = self._sample(z, y if classes else None, ignored)
+            if z.is_cpu:
+                stats = logit_rows.logit_rows(rows, targets, dtype, _counting(targets, ignore))
+            else:
+                stats = logit_rows.on_device(rows, targets, dtype, left_out)
             unknown = unknown if classes else (*unknown, *_NEEDS_CLASSES)
             self._pending.append(("logit_rows", logit_rows.STATS, name, stats, logit_rows.MERGE, unknown))
         if classes:
-            if logp is not None:
-                seen = loss_rows.loss_rows(logp, y, ignore, z.detach())
-            else:
-                rows, targets = self._sample(z, y)
+            if logp is None:
+                rows, targets, left_out = self._sample(z, y, ignored)
                 assert targets is not None
-                seen = _own_rows(rows, targets, dtype, ignore)
+                seen = _own_rows(rows, targets, dtype, ignore, left_out)
+            elif ignored is not None:
+                seen = loss_rows.on_device(logp, y, ignored, z.detach())
+            else:
+                seen = loss_rows.loss_rows(logp, y, ignore, z.detach())
             self._pending.append(("loss_rows", loss_rows.STATS, name, seen, loss_rows.MERGE, ()))
 
-    def _sample(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``(row, class)`` view of all rows or an evenly spaced sample, and their targets.
+    def _sample(self, z: Tensor, *beside: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """``(row, class)`` view of all rows or an evenly spaced sample, and what stands beside them.
 
         The stride is odd, so that over a sequence length that is a power of two every position is met.
         """
         rows = z.detach().movedim(1, -1)
         count = rows.shape[:-1].numel()
         if rows.is_contiguous():  # as of a language model, (batch, class, token): rows are read where they lie
-            rows, y = rows.flatten(0, -2), None if y is None else y.flatten()
+            rows, beside = rows.flatten(0, -2), tuple(None if x is None else x.flatten() for x in beside)
         if rows.dim() == 2 and rows.numel() <= ALL:
-            return rows, y
+            return rows, *beside
         stride = max(1, count // ROWS) | 1
         start = self.rec.random.randrange(min(stride, count))
         if rows.dim() == 2:
-            return rows[start::stride], None if y is None else y[start::stride]
+            return rows[start::stride], *(None if x is None else x[start::stride] for x in beside)
         if rows.numel() <= ALL:
             start, stride = 0, 1
         else:
             stride = max(stride, -(-count * rows.shape[-1] // COPIED) | 1)
-        at = torch.arange(start, count, stride, device=z.device)
-        where = torch.unravel_index(at, rows.shape[:-1])
-        return rows[where], None if y is None else y.reshape(-1)[at]
+        places = np.stack(np.unravel_index(np.arange(start, count, stride), rows.shape[:-1]))
+        where = torch.from_numpy(places).to(z.device, non_blocking=True).unbind()
+        return rows[where], *(None if x is None else x[where] for x in beside)
 
     def on_backward(self) -> None:
         """Keep what was seen since the last backward: these losses are being trained on."""
@@ -148,16 +157,23 @@ def _counting(targets: Tensor | None, ignore: int) -> Tensor | None:
     return None if valid.device.type == "cpu" and bool(valid.all()) else valid
 
 
-def _own_rows(rows: Tensor, targets: Tensor, dtype: torch.dtype, ignore: int) -> Values:
-    """The statistics of `loss_rows` for rows whose log-probabilities are made here, some at a time."""
-    part = max(1, MADE // rows.shape[1])
-    parts = [
-        loss_rows.loss_rows(r.to(dtype).log_softmax(1), y, ignore, r)
-        for r, y in zip(rows.split(part), targets.split(part), strict=True)
-    ]
-    if isinstance(parts[0], Tensor):
-        return torch.stack(parts).sum(0)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return [sum(column) for column in zip(*parts, strict=True)]
+def _own_rows(rows: Tensor, targets: Tensor, dtype: torch.dtype, ignore: int, ignored: Tensor | None = None) -> Values:
+    """The statistics of `loss_rows` for rows whose log-probabilities are made here, some at a time.
+
+    ``ignored`` is known on an accelerator.
+    """
+    part = max(1, (MADE if ignored is None else MADE_DEVICE) // rows.shape[1])
+    parts: list[Any] = []
+    for i in range(0, len(rows), part):
+        r, y = rows[i : i + part], targets[i : i + part]
+        logp = r.to(dtype).log_softmax(1)
+        if ignored is None:
+            parts.append(loss_rows.loss_rows(logp, y, ignore, r))
+        else:
+            parts.append(loss_rows.on_device(logp, y, ignored[i : i + part], r))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).sum(0) if isinstance(parts[0], Tensor) else [sum(c) for c in zip(*parts, strict=True)]
 
 
 def _loss_dtype(z: Tensor) -> torch.dtype:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -100,13 +99,18 @@ class LossSite(Site):
         if last and self._is_of_last(optimizer):
             calls = calls[last:]
         self._seen = True
-        value = sum((c.value for c in calls[1:]), calls[0].value)
+        value = calls[0].value
+        for c in calls[1:]:
+            value = value + _beside(c.value, value)
         scale = self.rec.inverse_scale
         if scale is not None:
-            value = value * (scale.item() if self.rec.on_cpu else scale)
-        count = float(len(calls))
-        values = torch.stack((value, torch.full_like(value, count))) if isinstance(value, Tensor) else (value, count)
-        self.rec.emit("loss", STATS, self.rec.label(optimizer), values)
+            value = value * (scale.item() if self.rec.on_cpu else _beside(scale, value))
+        label = self.rec.label(optimizer)
+        if isinstance(value, Tensor):
+            self.rec.emit("loss", STATS, label, value.view(1), at=slice(0, 1))
+            self.rec.emit("loss", STATS, label, (float(len(calls)),), at=slice(1, 2))
+        else:
+            self.rec.emit("loss", STATS, label, (value, float(len(calls))))
 
     def _is_of_last(self, optimizer: Optimizer) -> bool:
         """True if the last call has made the gradient of this update, which the user has not put together."""
@@ -117,3 +121,8 @@ class LossSite(Site):
     def missing(self) -> Sequence[tuple[str, str]]:
         """The loss, if backward was never seen."""
         return () if self._seen else (("loss", self._why),)
+
+
+def _beside(x: Tensor | float, y: Tensor | float) -> Tensor | float:
+    """``x`` where ``y`` is: losses of one step may lie on several accelerators."""
+    return x.to(y.device, non_blocking=True) if isinstance(x, Tensor) and isinstance(y, Tensor) else x

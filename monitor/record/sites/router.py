@@ -11,10 +11,11 @@ the numbers with the limit; both calls are watched too.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,18 @@ from monitor.record.experts import Router
 from monitor.record.mode import Watcher
 from monitor.record.passes.experts import ALIKE_STATS, NORM_STATS, alike, norms, sample
 from monitor.record.passes.router import (
+    LIMITS,
     LOAD_STATS,
     STATS,
     Vector,
     add_choice,
     balance,
+    balance_on_device,
     joined,
+    joined_on_device,
+    left_out,
     limits,
+    on_device,
     router_sums,
     z_of,
 )
@@ -82,23 +88,34 @@ class _Source:
 
 @dataclass
 class _Seen:
-    """Sums of one router over the micro-batches of a step; ``absent`` names what was not known in some of them."""
+    """Sums of one router, of each micro-batch of a step; ``absent`` names what was not known in some of them."""
 
-    sums: Vector
-    absent: tuple[int, ...]
-    epoch: int = -1
+    epoch: int
+    sums: list[Vector]
+    absent: set[int]
 
 
 @dataclass
 class _Choice:
-    """One call of a router whose result has not been trained on yet."""
+    """One call of a router whose result has not been trained on yet.
 
-    sums: Vector
+    On an accelerator its ``sums`` are made when it is, with those of all routers, from the scores ``z`` and what was
+    ``chosen``, unless the training has written over them by then (``versions``).
+    """
+
+    sums: np.ndarray | None
     absent: tuple[int, ...]
     scores: int  # address of the scores, which stay alive until backward
     chosen: Tensor  # (token, k)
     experts: int
     queues: list[Tensor]  # (token, expert): what cumulative sums were taken of since
+    z: Tensor | None = None  # (row, expert)
+    versions: tuple[int, ...] = ()
+    lost: list[Tensor] = field(default_factory=list[Tensor])  # of `left_out`
+
+    def held(self) -> tuple[int, ...]:
+        """The versions that ``versions`` are compared with."""
+        return tuple(x._version for x in (self.chosen, self.z) if x is not None)
 
     def fits(self, x: Any) -> bool:
         """True if ``x`` has an entry for every token and expert."""
@@ -119,6 +136,8 @@ class RouterSite(Site):
         self._others: set[str] = set()  # what takes a maximum and is no router
         self._pending: dict[tuple[str, int], _Choice] = {}
         self._row: dict[str, _Seen] = {}
+        self._written: set[str] = set()  # routers whose choice or scores the training writes over
+        self._tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._sizes: dict[str, int] = {}
         self._samples: dict[str, list[Tensor]] = {}
         self._past: dict[str, list[tuple[int, Any]]] = {}
@@ -179,7 +198,9 @@ class RouterSite(Site):
         if before is not None:
             # one maximum after another of the same scores: the second expert of each token
             before.chosen = torch.cat((before.chosen, chosen), 1)
-            add_choice(before.sums, router_sums(chosen, experts, None), before.chosen.numel())
+            before.versions = before.held()
+            if before.sums is not None:
+                add_choice(before.sums, router_sums(chosen, experts, None), before.chosen.numel())
             self.routers[name].k = before.chosen.shape[1]
             return
         some = self._sample(len(chosen), experts)
@@ -190,7 +211,14 @@ class RouterSite(Site):
             absent = absent if z is not None else _NEEDS_ROWS
         self._without_scores = self._without_scores and bool(absent)
         # a second choice from the same scores (among groups, then among experts) stands for the first
-        self._pending[key] = _Choice(router_sums(chosen, experts, z), absent, address, chosen, experts, [])
+        choice = self._pending[key] = _Choice(None, absent, address, chosen, experts, [])
+        if chosen.is_cpu:
+            choice.sums = router_sums(chosen, experts, z)
+            return
+        if name in self._written:
+            choice.chosen, z = chosen.clone(), None if z is None else z.clone()
+        choice.z = z
+        choice.versions = choice.held()
 
     def _is_router(self, name: str, source: _Source, k: int, largest: bool) -> bool:
         if name in self.routers or (largest and name in self._others):
@@ -215,8 +243,11 @@ class RouterSite(Site):
         if self._pending and self._looking() and args:
             newest = self._pending[next(reversed(self._pending))]
             if newest.queues and newest.fits(args[0]) and newest.fits(result):
-                room = result.detach().reshape(-1, newest.experts)
-                limits(newest.sums, newest.chosen, newest.queues.pop(0), room)
+                wanted, room = newest.queues.pop(0), result.detach().reshape(-1, newest.experts)
+                if newest.sums is not None:
+                    limits(newest.sums, newest.chosen, wanted, room)
+                else:
+                    newest.lost.append(left_out(newest.chosen, wanted, room))
 
     def _sample(self, tokens: int, experts: int) -> slice:
         stride = -(-tokens * experts // SCORES)
@@ -229,22 +260,77 @@ class RouterSite(Site):
         """Keep what was chosen since the last backward: it is being trained on."""
         if not self._pending:
             return
+        together: dict[Any, list[tuple[str, _Choice]]] = {}
         for (name, _), choice in self._pending.items():
-            new, old = _Seen(choice.sums, choice.absent), self._row.get(name)
-            if old is not None and old.epoch == self.rec.epoch and len(old.sums) == len(new.sums):
-                new = _Seen(joined(old.sums, new.sums), tuple({*old.absent, *new.absent}))
-            new.epoch = self.rec.epoch
-            self._row[name] = new
-        names = list(dict.fromkeys(name for name, _ in self._pending))
+            if choice.sums is not None:
+                self._keep(name, choice, choice.sums)
+            elif choice.held() != choice.versions:
+                self._written.add(name)  # from now on a copy is kept
+            else:
+                z = choice.z
+                like = None if z is None else (z.shape, z.dtype)
+                alike = choice.chosen.device, choice.chosen.shape, choice.experts, like
+                together.setdefault(alike, []).append((name, choice))
         self._pending.clear()
-        early = [self._early(name) for name in names]
-        reduced = [balance(self._row[n].sums, math.nan if z is None else z) for n, z in zip(names, early, strict=True)]
-        self.rec.emit_many("router", STATS, names, _stack([r for r, _ in reduced]))
-        for name, z, (values, _) in zip(names, early, reduced, strict=True):
-            absent = {*self._row[name].absent, *(() if z is not None else (_EARLY,))}
-            if absent:
-                self.rec.emit("router", STATS, name, values, absent=tuple(absent))
-        self._loads(names, [load for _, load in reduced])
+        for choices in together.values():
+            z = [c.z for _, c in choices if c.z is not None]
+            made = on_device([c.chosen for _, c in choices], choices[0][1].experts, z or None)
+            for (name, choice), sums in zip(choices, made.unbind(), strict=True):
+                for lost in choice.lost:
+                    sums[LIMITS] += lost
+                self._keep(name, choice, sums)
+
+    def _keep(self, name: str, choice: _Choice, sums: Vector) -> None:
+        seen = self._row.get(name)
+        if seen is None or seen.epoch != self.rec.epoch or len(seen.sums[0]) != len(sums):
+            seen = self._row[name] = _Seen(self.rec.epoch, [], set())
+        seen.sums.append(sums)
+        seen.absent |= set(choice.absent)
+
+    def _record(self) -> None:
+        """Record what was seen in this step: on an accelerator all routers at once that are alike."""
+        together: dict[Any, list[str]] = {}
+        for name, seen in self._row.items():
+            first = seen.sums[0]
+            kind = (first.device, len(seen.sums), len(first)) if isinstance(first, Tensor) else None
+            together.setdefault(kind, []).append(name)
+        for kind, names in together.items():
+            early = [self._early(name) for name in names]
+            parts: list[list[Any]] = [self._row[name].sums for name in names]
+            values: Any
+            loads: Any
+            if kind is None:
+                each = [functools.reduce(joined, p) for p in parts]
+                reduced = [balance(s, math.nan if z is None else z) for s, z in zip(each, early, strict=True)]
+                values, loads = np.stack([r for r, _ in reduced]), [load for _, load in reduced]
+            else:
+                sums = joined_on_device(parts)
+                values, loads = balance_on_device(sums, _stacked(early, sums))
+                each = sums.unbind()
+            self._write(names, values, [z is None for z in early])
+            self._loads(names, loads)
+            self._remember(names, each)
+
+    def _write(self, names: list[str], values: Any, no_early: list[bool]) -> None:
+        """Write what is known of each router: ``values`` are ``(router, len(STATS))``."""
+        lacks: dict[frozenset[int], list[int]] = {}
+        for i, name in enumerate(names):
+            absent = self._row[name].absent | ({_EARLY} if no_early[i] else set())
+            lacks.setdefault(frozenset(absent), []).append(i)
+        for absent, at in lacks.items():
+            places = self._tuple(names[i] for i in at)
+            some = values if len(at) == len(names) else values[at]
+            for part in _runs(absent):
+                self.rec.emit_many("router", STATS, places, some[:, part], part)
+
+    def _remember(self, names: list[str], sums: Sequence[Vector]) -> None:
+        """Keep z-losses for `_early`, now and then."""
+        if self.rec.step < START:
+            return
+        for name, vector in zip(names, sums, strict=True):
+            past = self._past.setdefault(name, [])
+            if _EARLY not in self._row[name].absent and (not past or self.rec.step >= _APART * past[-1][0]):
+                past.append((self.rec.step, z_of(vector)))
 
     def _early(self, name: str) -> Any:
         """The z-loss at `PART` of the steps so far, or a little earlier; None if it was not known then."""
@@ -253,19 +339,29 @@ class RouterSite(Site):
             past.pop(0)
         return past[0][1] if past and past[0][0] <= wanted else None
 
-    def _loads(self, names: list[str], loads: list[Vector]) -> None:
-        places, values = [], []
-        for name, load in zip(names, loads, strict=True):
-            known = self._sizes.get(name)
-            if known is None:
+    def _loads(self, names: list[str], loads: Any) -> None:
+        """Record ``(expert, 2)`` loads of every router for which there is room."""
+        kept: list[int] = []
+        for i, name in enumerate(names):
+            size = self._sizes.get(name)
+            if size is None:
                 room = LOADS - sum(self._sizes.values())
-                known = self._sizes[name] = len(load) if len(load) <= room else 0
-            if known == len(load):
-                places += [f"{name}[{e}]" for e in range(known)]
-                values.append(load)
-        if places:
-            joint: Any = torch.cat(values) if isinstance(values[0], Tensor) else np.concatenate(values)
-            self.rec.emit_many("router_load", LOAD_STATS, places, joint)
+                size = self._sizes[name] = len(loads[i]) if len(loads[i]) <= room else 0
+            if size == len(loads[i]):
+                kept.append(i)
+        if not kept:
+            return
+        places = self._tuple(f"{names[i]}[{e}]" for i in kept for e in range(len(loads[i])))
+        if isinstance(loads, Tensor):
+            joint: Any = (loads if len(kept) == len(names) else torch.stack([loads[i] for i in kept])).flatten(0, 1)
+        else:
+            joint = np.concatenate([loads[i] for i in kept])
+        self.rec.emit_many("router_load", LOAD_STATS, places, joint)
+
+    def _tuple(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The same tuple for the same names: the row remembers places by its identity."""
+        made = tuple(names)
+        return self._tuples.setdefault(made, made)
 
     def _experts(self) -> None:
         """Norms of the experts, and how alike they are."""
@@ -283,15 +379,12 @@ class RouterSite(Site):
                 self.rec.emit("experts", ALIKE_STATS, name, alike(parts, at))
 
     def on_row(self) -> None:
-        """Forget choices whose result was never trained on, and begin the next step."""
+        """Record what was seen; forget choices whose result was never trained on."""
+        self._pending.clear()
+        self._record()
+        self._row.clear()
         if self.rec.step % EXPERTS_EVERY == 0:
             self._experts()
-        self._pending.clear()
-        for name, seen in self._row.items() if self.rec.step >= START else ():
-            past = self._past.setdefault(name, [])
-            if _EARLY not in seen.absent and (not past or self.rec.step >= _APART * past[-1][0]):
-                past.append((self.rec.step, z_of(seen.sums)))
-        self._row.clear()
 
     def missing(self) -> Sequence[tuple[str, str]]:
         """Loads of experts beyond `LOADS`, and choices of which too little can be told. None without routers."""
@@ -305,8 +398,22 @@ class RouterSite(Site):
         return found
 
 
-def _stack(rows: list[Any]) -> Any:
-    return np.stack(rows) if isinstance(rows[0], np.ndarray) else torch.stack(rows)
+def _stacked(early: list[Any], like: Tensor) -> Tensor | None:
+    """``(router,)``, NaN where nothing is known; None if nothing at all is."""
+    there = [z if isinstance(z, Tensor) and z.device == like.device else None for z in early]
+    if all(z is None for z in there):
+        return None
+    nothing = like.new_full((), math.nan)
+    return torch.stack([nothing if z is None else z for z in there])
+
+
+def _runs(absent: frozenset[int]) -> Iterator[slice]:
+    """The statistics that are not absent, as few slices."""
+    begin = 0
+    for i in (*sorted(absent), len(STATS)):
+        if i > begin:
+            yield slice(begin, i)
+        begin = i + 1
 
 
 def _chain(node: Any) -> Iterator[Any]:

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from monitor.record.mode import Watcher
 from monitor.record.site import Site
 
+_SCALE = ("scale", "skipped")
+
 
 class StateSite(Site):
     """Learning rates, the clipping coefficient and the loss scale of a step, and how long it took."""
@@ -23,6 +25,7 @@ class StateSite(Site):
         super().__init__(recorder)
         self._clip: Tensor | None = None
         self._clip_epoch = 0
+        self._clip_kind: tuple[torch.device, torch.dtype] | None = None
         self._unscaled = 0
         self._names: dict[tuple[str, int], tuple[str, ...]] = {}  # of the groups of an optimizer
         self._last = time.perf_counter()
@@ -54,9 +57,11 @@ class StateSite(Site):
             if not all(x.is_replicate() for x in placements):  # to know it, every process would have to take part
                 return
             value = getattr(factor, "_local_tensor", factor).detach().float()
-            held = self.clip
-            self._clip = value if held is None else held * value.to(held.device)
-            self._clip_epoch = self.rec.epoch
+            held, kind = self.clip, (tensors[0].device, tensors[0].dtype)
+            if held is None:
+                self._clip, self._clip_epoch, self._clip_kind = value, self.rec.epoch, kind
+            elif kind == self._clip_kind:  # of each other device and dtype the same is multiplied in a call of its own
+                self._clip = held * value
 
     def _unscale(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         grads, inverse = args[0], args[2]
@@ -67,15 +72,20 @@ class StateSite(Site):
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Record the learning rate of each parameter group."""
-        rates = [g.get("lr") for g in optimizer.param_groups]
+        rates: list[Any] = [g.get("lr") for g in optimizer.param_groups]
         if not all(isinstance(r, int | float | Tensor) for r in rates):
             return
-        if any(isinstance(r, Tensor) for r in rates):
-            device = self.rec.device
-            values = torch.stack([torch.as_tensor(r, dtype=torch.float32, device=device) for r in rates]).view(-1, 1)
-        else:
-            values = np.array(rates, dtype=np.float64).reshape(-1, 1)
-        self.rec.emit_many("learning_rate", ("lr",), self._groups(self.rec.label(optimizer), len(rates)), values)
+        names = self._groups(self.rec.label(optimizer), len(rates))
+        there = [i for i, r in enumerate(rates) if isinstance(r, Tensor) and not r.is_cpu]
+        if not there:
+            self.rec.emit_many("learning_rate", ("lr",), names, np.array(rates, dtype=np.float64).reshape(-1, 1))
+            return
+        values = torch.stack([rates[i].detach().float().reshape(1) for i in there])
+        self.rec.emit_many("learning_rate", ("lr",), [names[i] for i in there], values)
+        here = [i for i in range(len(rates)) if i not in there]
+        if here:
+            values = np.array([float(rates[i]) for i in here]).reshape(-1, 1)
+            self.rec.emit_many("learning_rate", ("lr",), [names[i] for i in here], values)
 
     def _groups(self, label: str, number: int) -> tuple[str, ...]:
         """The same tuple at every step: its place in a row is remembered."""
@@ -93,7 +103,8 @@ class StateSite(Site):
         if self._unscaled and self.rec.inverse_scale is not None:
             scale = self.rec.inverse_scale.float().reciprocal().view(1)
             skipped = max(0, self._unscaled - self.rec.stepped)
-            self.rec.emit("loss_scale", ("scale", "skipped"), "", torch.cat((scale, torch.full_like(scale, skipped))))
+            self.rec.emit("loss_scale", _SCALE, "", scale, at=slice(0, 1))
+            self.rec.emit("loss_scale", _SCALE, "", (float(skipped),), at=slice(1, 2))
         self._unscaled = 0
         if not self.rec.stepped:  # a row of what was logged after the last step
             return
