@@ -66,7 +66,7 @@ RULE = Rule(
         Remedy("let the learning rate fall towards the end"),
     ),
     params=PARAMS,
-    needs=(*NEEDS, *SHARPNESS, THRESHOLD),
+    needs=(RATIO, *(ref for ref in NEEDS if ref != RATIO), *SHARPNESS, THRESHOLD),  # first what only a few runs have
     check=check,
     lookback=100,
     release=500,

@@ -9,10 +9,11 @@ How it is decided:
     Norm, before it was clipped: 5 times the median of the 100 points before it, and on the logarithmic scale 8 robust
     standard deviations above it and twice as far as the third largest of them. Elements: the largest g² is 5000 times
     the (bias-corrected) second moment before the step, and that one element holds half of the tensor's energy, which
-    lifts the norm to 1.2 times its median at least; both are looked for in every fourth step of a large parameter. The
-    first 50 points of a parameter are not judged: leaving the first plateau is no spike. Every parameter is judged by
-    itself; the head of the incident is the first in order of execution. Where curvature was measured and explains a
-    jump of a norm, the rule edge_oscillation has it instead.
+    lifts the norm to 1.2 times its median at least; both are looked for in every fourth step of a large parameter, and
+    on an accelerator in every eighth, of a large one in every 32nd. The first 50 points of a parameter are not judged:
+    leaving the first plateau is no spike. Every parameter is judged by itself; the head of the incident is the first in
+    order of execution. Where curvature was measured and explains a jump of a norm, the rule edge_oscillation has it
+    instead.
 
 What to do:
     If an input jump or a loss spike stands before it in the incident, it is a consequence: repair the batch. If the
