@@ -94,6 +94,8 @@ HOSTS = {
     "semver.org",
     "www.w3.org",
 }
+#: Hosts where the faults of tests/faults were reported; they are cited there and never called.
+REPORTS = {"decodetrail.com", "discuss.pytorch.org", "github.com", "stackoverflow.com"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -228,7 +230,7 @@ def test_no_foreign_host() -> None:
         f"{f.relative_to(ROOT)}: {host}"
         for f in tracked()
         for match in address.finditer(f.read_bytes())
-        if (host := match[1].decode()) not in HOSTS
+        if (host := match[1].decode()) not in (HOSTS | REPORTS if "faults" in f.parts else HOSTS)
     ]
     assert wrong == []
 

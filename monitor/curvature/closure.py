@@ -21,6 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from monitor.curvature.environment import Mode, RandomState, undisturbed
+from monitor.curvature.precision import double, widest
 from monitor.errors import UsageError
 
 #: What a caller may use to select parameters: names of parameters or of modules (all they own); None: all trainable.
@@ -55,7 +56,8 @@ class Point:
     """Stand-ins for a model's parameters at one point of parameter space.
 
     ``names`` (the selected parameters, in the model's order) have differentiable leaves; the others are constants. A
-    flat vector over ``names`` has ``n`` entries, `dtype` float32 (float64 if any leaf is) and `device` of the first.
+    flat vector over ``names`` has ``n`` entries, `device` of the first leaf, and `dtype` float32; float64 if any leaf
+    is that and the device has it.
     """
 
     def __init__(self, stand_ins: Mapping[str, Tensor], names: Sequence[str]):
@@ -64,8 +66,9 @@ class Point:
         self.leaves = tuple(self.stand_ins[name] for name in self.names)
         self.sizes = [leaf.numel() for leaf in self.leaves]
         self.n = sum(self.sizes)
-        self.dtype = torch.float64 if any(leaf.dtype == torch.float64 for leaf in self.leaves) else torch.float32
         self.device = self.leaves[0].device
+        any_wide = any(leaf.dtype == torch.float64 for leaf in self.leaves)
+        self.dtype = widest(self.device) if any_wide else torch.float32
         self._alike = all(leaf.dtype == self.dtype and leaf.device == self.device for leaf in self.leaves)
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -122,7 +125,8 @@ class LossClosure:
             of which has its own data and must ask for the same things (as `spectrum` does when called alike).
 
     Raises:
-        UsageError: if the model is sharded or complex, or a batch has a form that is not listed.
+        UsageError: if the model is sharded or complex, its device has no such ``dtype``, or a batch has a form that is
+            not listed.
     """
 
     def __init__(
@@ -157,6 +161,11 @@ class LossClosure:
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in trainable.values())
         self.dtype = torch.float32 if dtype is None and half and batch is not None else dtype
         self.devices = tuple(dict.fromkeys(p.device for p in trainable.values()))
+        lacking = [f"{d}" for d in self.devices if widest(d) != torch.float64] if dtype == torch.float64 else []
+        if lacking:
+            raise UsageError(
+                f"{lacking[0]} has no {dtype}; leave dtype= out, or measure a copy of the model on the CPU."
+            )
         self._random = RandomState.capture(self.devices)
         if batch is not None:
             plain = dict(batch) if isinstance(batch, Mapping) else batch  # a tokenizer's mapping is opaque to pytree
@@ -347,7 +356,7 @@ class LossClosure:
     def value(self, point: Point | None = None) -> float:
         """The mean loss at ``point``; default: where the model is. In the loss's own unit."""
         with self.session(point or self.point()), torch.no_grad():
-            losses = [b.weight * b.loss_of(self.outputs(b)).double() for b in self.batches]
+            losses = [b.weight * double(b.loss_of(self.outputs(b))) for b in self.batches]
         return float(self.over_ranks(torch.stack(losses).sum()))
 
     def gradient(self, point: Point | None = None) -> Tensor:

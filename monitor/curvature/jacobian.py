@@ -133,7 +133,7 @@ class Jacobian:
             raise UsageError(f"residuals have shape {tuple(residuals.shape)}; expected ({len(self.rows)},).")
         kept = min(self.singular.rank, self.singular.rank if rank is None else rank)
         U, s = self.left[:, :kept], self.singular.values[:kept]
-        weights = U @ ((U.T @ residuals.detach().double().cpu().numpy()) / s**2)  # J⁺ = J'·U·σ⁻²·U'
+        weights = U @ ((U.T @ residuals.detach().cpu().double().numpy()) / s**2)  # J⁺ = J'·U·σ⁻²·U'
         return -(self.rows.T @ torch.from_numpy(weights).to(self.rows))
 
 

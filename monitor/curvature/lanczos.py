@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from monitor.curvature.precision import widest
 from monitor.curvature.products import Operator
 from monitor.errors import MonitorError, UsageError
 
@@ -178,12 +179,15 @@ def _start(operator: Operator, start: Tensor | None, generator: torch.Generator)
     return v / _norm(v)
 
 
+#: A running sum of a million float32 is good to 1e-4 only; vectors of that length would leave each other.
+_PIECE = 1 << 16
+
+
 def _dot(a: Tensor, b: Tensor) -> float:
-    piece = 1 << 16
-    if len(a) <= piece or a.device.type != "cpu":
+    if len(a) <= _PIECE or (a.device.type != "cpu" and widest(a.device) == torch.float64):
         return float(a @ b)
-    # A running sum of a million float32 is good to 1e-4 only; vectors of that length would leave each other.
-    return float(torch.stack([x @ y for x, y in zip(a.split(piece), b.split(piece), strict=True)]).double().sum())
+    sums = torch.stack([x @ y for x, y in zip(a.split(_PIECE), b.split(_PIECE), strict=True)])
+    return float(sums.cpu().double().sum())
 
 
 def _norm(a: Tensor) -> float:
@@ -226,7 +230,11 @@ class _Basis:
 
 
 def _overlaps(basis: list[Tensor], w: Tensor) -> list[Tensor]:
-    return [rows @ w for rows in basis]
+    if len(w) <= _PIECE or widest(w.device) == torch.float64:
+        return [rows @ w for rows in basis]
+    # Of a device without float64 nobody knows how it sums up a product as long as this.
+    parts = w.split(_PIECE)
+    return [torch.stack([r @ x for r, x in zip(rows.split(_PIECE, 1), parts, strict=True)]).sum(0) for rows in basis]
 
 
 def _take_out(basis: list[Tensor], w: Tensor, overlaps: list[Tensor] | None = None) -> None:
@@ -290,7 +298,7 @@ class _Run:
             lean = float(np.abs(T[j, :j]).max(initial=0.0)) * before + self.eps * scale
             if now > 0 or full or lean > self.overlap * beta:
                 overlaps = _overlaps(rows, w)
-                rest = torch.cat(overlaps).double().cpu().numpy()
+                rest = torch.cat(overlaps).cpu().double().numpy()
                 # 0 in exact arithmetic if symmetric
                 asymmetry = max(asymmetry, float(np.abs(rest[:j]).max(initial=0.0)))
                 lean = float(np.abs(rest).max())

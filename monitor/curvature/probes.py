@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from monitor.curvature.closure import LossClosure, Point, Selection, clean
 from monitor.curvature.environment import Mode
 from monitor.curvature.lanczos import Array, lanczos
+from monitor.curvature.precision import dot, double
 from monitor.curvature.products import EmpiricalFisher, Hessian, combined
 from monitor.curvature.trace import Estimate, diagonal
 from monitor.errors import UsageError
@@ -55,10 +56,10 @@ def batch_sharpness(
     for batch in batches:
         H = Hessian(LossClosure(model, loss_fn, batch, mode=mode), parameters, way="recompute")
         g = H.closure.gradient(H.point)
-        square = float(g.double() @ g.double())
+        square = dot(g, g)
         if square == 0:
             raise UsageError(f"the gradient of batch {len(found)} is exactly zero; it points nowhere.")
-        found.append(float(g.double() @ H(g).double()) / square)
+        found.append(dot(g, H(g)) / square)
     if len(found) < 2:
         raise UsageError(f"{len(found)} batch; expected at least 2, so that there is a standard error.")
     return Estimate(float(np.mean(found)), float(np.std(found, ddof=1) / len(found) ** 0.5), len(found))
@@ -103,7 +104,7 @@ def opposing_signals(closure: LossClosure, direction: Tensor, *, count: int = 10
     if direction.shape != (matrix.n,):
         raise UsageError(f"direction has shape {tuple(direction.shape)}; expected ({matrix.n},).")
     u = direction.to(matrix.device, matrix.dtype)
-    p = matrix.projections(u / u.norm()).double().cpu().numpy()
+    p = matrix.projections(u / u.norm()).cpu().double().numpy()
     order = np.argsort(p)
     down, up = order[:count], order[::-1][:count]
     return OpposingSignals(p, up[p[up] > 0], down[p[down] < 0], float(np.median(np.abs(p))))
@@ -193,7 +194,7 @@ def trajectory_kl(past: Tensor, now: Tensor, *, temperature: float = 5.0) -> flo
         raise UsageError(
             f"past logits have shape {tuple(past.shape)}, present ones {tuple(now.shape)}; expected equal."
         )
-    p, q = ((z.detach().double() / temperature).log_softmax(-1) for z in (past, now))
+    p, q = ((double(z.detach()) / temperature).log_softmax(-1) for z in (past, now))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
@@ -251,9 +252,9 @@ def alignment(
     if len(sources) < 2:
         raise UsageError(f"{len(sources)} source; expected at least 2 to compare.")
     operators = [Hessian(closure, parameters, way="recompute") for closure in sources.values()]
-    gradients = torch.stack([H.closure.gradient(H.point).double() for H in operators])
+    gradients = torch.stack([double(H.closure.gradient(H.point)) for H in operators])
     pairs = zip(operators, gradients, strict=True)
-    products = torch.stack([H(g.to(H.dtype)).double() for H, g in pairs])
+    products = torch.stack([double(H(g.to(H.device, H.dtype))) for H, g in pairs])
     norms = gradients.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     distance = None
     if hessians:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from monitor.curvature.closure import Batch, LossClosure, Point, Selection
 from monitor.curvature.kernels import twice_differentiable_kernels
+from monitor.curvature.precision import double
 from monitor.errors import MonitorError, UsageError
 
 Way = Literal["auto", "cached", "recompute", "forward", "difference"]
@@ -214,7 +215,7 @@ class Hessian(ClosureOperator):
 
     def _difference(self, vector: Tensor) -> Tensor:
         # The step balances truncation (∝ h²) against rounding (∝ eps / h) in a central difference: h ∝ eps^(1/3).
-        size = sum(float(leaf.detach().double().square().sum()) for leaf in self.point.leaves) ** 0.5
+        size = sum(float(double(leaf.detach()).square().sum()) for leaf in self.point.leaves) ** 0.5
         length = float(vector.norm())
         if length == 0:
             return torch.zeros_like(vector)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from monitor.curvature.lanczos import Array, Krylov
+from monitor.curvature.precision import dot, double, widest
 from monitor.curvature.products import Operator
 from monitor.errors import UsageError
 
@@ -64,8 +65,8 @@ def traces(
             z = signs(operator, generator)
             z = krylov.deflate(z) if krylov else z
             az = operator(z)
-            linear.append(float(z.double() @ az.double()))
-            quadratic.append(float(az.double() @ az.double()))
+            linear.append(dot(z, az))
+            quadratic.append(dot(az, az))
     rest, square_rest = _mean(linear), _mean(quadratic)
     norm = (square + square_rest.value) ** 0.5
     return (
@@ -101,13 +102,15 @@ def xtrace(operator: Operator, *, products: int = 20, seed: int = 0) -> Estimate
     with operator.session():
         omega = torch.stack([signs(operator, generator) for _ in range(k)], 1)
         Y = torch.stack([operator(w) for w in omega.T], 1)
-        Q, R_ = torch.linalg.qr(Y)
+        # a device without float64 has no such factorization either
+        Q, R_ = torch.linalg.qr(Y if widest(Y.device) == torch.float64 else double(Y))
+        Q = Q.to(Y)
         AQ = torch.stack([operator(q) for q in Q.T], 1)
 
     def small(a: Tensor, b: Tensor) -> Array:
-        return (a.T @ b).double().cpu().numpy()
+        return (a.T @ b).cpu().double().numpy()
 
-    H, W, R = small(Q, AQ), small(Q, omega), R_.double().cpu().numpy()
+    H, W, R = small(Q, AQ), small(Q, omega), R_.cpu().double().numpy()
     R[np.diag_indices(k)] += np.where(R.diagonal() == 0, np.finfo(np.float64).tiny ** 0.25, 0.0)
     S = np.linalg.inv(R).T  # column i is orthogonal to every column of R but the i-th: what leaving i out removes
     S = S / np.linalg.norm(S, axis=0)

@@ -41,11 +41,13 @@ DROPPED = 0.01
 EDGE, ABOVE = 0.9, 1.5
 #: Growth of the sharpness.
 GROWN = 2.0
+#: Steps from which on it is worth a word that nearly all of them were clipped.
+CLIPPED = 500
 
 
 @dataclass(frozen=True)
 class Remark:
-    """One line: ``family`` is "phases", "attention", "routing" or "curvature"."""
+    """One line: ``family`` is "phases", "clipping", "attention", "routing" or "curvature"."""
 
     family: str
     text: str
@@ -59,7 +61,7 @@ def remarks(run: Run, verdict: Verdict) -> tuple[Remark, ...]:
     """
     told = {_family(f.rule) for incident in verdict.incidents for f in incident.findings}
     way = phases(run)
-    found = [("phases", _hint(run) if way is None else _way(way))]
+    found = [("phases", _hint(run) if way is None else _way(way)), ("clipping", _clipping(run))]
     for family, of in (("attention", _attention), ("routing", _routing), ("curvature", _curvature)):
         if family not in told:
             found.append((family, "; ".join(of(run))))
@@ -93,6 +95,25 @@ def _way(p: Phases) -> str:
     quantity = "accuracy" if logged_as([p.test], "accuracy") else "loss"
     side = "lower" if (p.gap > 0) == (quantity == "accuracy") else "higher"
     return f"{learned}, held-out data not as well: at the end {quantity} {number(abs(p.gap))} {side}"
+
+
+def _clipping(run: Run) -> str:
+    """What it means that the gradients of nearly all steps were clipped, which depends on the optimizer."""
+    for s in run.summary("clip.coefficient"):
+        if s.n < CLIPPED or not s.quantiles["p95"] < 1:
+            continue
+        optimizers = run.facts.get("optimizers", ())
+        groups = [group for optimizer in optimizers for group in optimizer.get("groups", ())]
+        adaptive = bool(groups) and all("betas" in group for group in groups)
+        size = (
+            "the size of updates hardly depends on it"
+            if adaptive
+            else "the threshold times the learning rate sets the size of updates"
+        )
+        return (
+            f"nearly every gradient was clipped, half of them to {s.quantiles['p50']:.2g} of their norm or less: {size}"
+        )
+    return ""
 
 
 def _attention(run: Run) -> Iterator[str]:

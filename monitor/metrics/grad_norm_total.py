@@ -4,7 +4,8 @@
 
 over all parameters that had a gradient in the step. After unscaling and clipping: with clipping it cannot exceed the
 threshold, and the norm before is this divided by the coefficient in `clip`. The largest element is known where that
-of every parameter is (`grad_norm`; with large parameters at every tenth step), or one is not finite.
+of every parameter is (`grad_norm`; with large parameters at every tenth step), or one is not finite. On an accelerator
+it is known at every eighth step, and ``nonfinite`` counts parameters with such elements.
 
 Healthy: falls or levels off; noise of tens of per cent between batches.
 

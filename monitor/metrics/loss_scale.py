@@ -2,7 +2,8 @@
 
     scale = factor on the loss before ``backward()``,   skipped = updates the scaler skipped since the previous step
 
-Recorded only where a ``GradScaler`` is used.
+Recorded only where a ``GradScaler`` is used. Updates that are skipped belong to the next one that is made; 20 and more
+after the last one of a run have a row of their own.
 
 Healthy: doubles every 2,000 steps and is halved now and then, one skipped update each; the first few updates of a run
 are often skipped while the scale finds its size.

@@ -24,5 +24,5 @@ def outputs(model: nn.Module, *inputs: Tensor) -> Tensor:
     if not isinstance(answer, Tensor) or len(answer) != len(inputs[0]):
         kind = f"a tensor of shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
         raise UsageError(f"the model answered with {kind}, expected a tensor of {len(inputs[0])} rows")
-    found = answer.detach().double().cpu()
+    found = answer.detach().cpu().double()
     return found.reshape(len(found), -1) if found.dim() < 3 else found[:, -1].reshape(len(found), -1)

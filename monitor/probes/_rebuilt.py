@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from monitor.curvature.closure import LossClosure, Selection
 from monitor.curvature.environment import Mode
+from monitor.curvature.precision import double
 from monitor.errors import UsageError
 from monitor.record.probe import Moment
 from monitor.record.sites.state import StateSite
@@ -87,7 +89,8 @@ def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtyp
     """
     model, tapes = _model(moment), moment.tapes
     inverse = _inverse_scale(moment)
-    as_run = LossClosure.total(model, [_again(t, inverse, autocast=True) for t in tapes], mode="train")
+    seen = _Autocast(tapes, off=False)
+    as_run = LossClosure.total(model, [_again(t, inverse, seen, as_run=True) for t in tapes], mode="train")
     point = as_run.point(_trained(as_run, moment.optimizers))
     gradient = as_run.gradient(point)
     if not bool(torch.isfinite(gradient).all()):
@@ -112,14 +115,13 @@ def rebuilt(moment: Moment, parameters: Selection, mode: Mode, dtype: torch.dtyp
     if not names:
         raise UsageError("the optimizer updates none of the selected parameters")
     half = any(leaf.dtype in _HALF for leaf in point.leaves)
-    dtype = torch.float32 if dtype is None and half else dtype
-    closure, kept = as_run, None
+    same = mode == "train" and dtype is None and not half and not seen.met
+    dtype = point.dtype if dtype is None and (half or seen.met) else dtype
     casts = _casts(model)
-    if mode == "train" and dtype is None and not casts and not any(t.autocast for t in tapes):
-        kept = torch.cat([gradient[slices[n]] for n in names])
-    else:
-        losses = [_again(t, inverse, casts, dtype=dtype) for t in tapes]
-        closure = LossClosure.total(model, losses, mode=mode, dtype=dtype)
+    off = _Autocast(tapes, off=True) if seen.met else None
+    losses = [_again(t, inverse, off, casts, dtype=dtype) for t in tapes]
+    closure = LossClosure.total(model, losses, mode=mode, dtype=dtype)
+    kept = torch.cat([gradient[slices[n]] for n in names]) if same else None
     return Rebuilt(closure, names, optimizers, kept, _examples(tapes), tapes)
 
 
@@ -181,23 +183,56 @@ def _off(casts: Sequence[torch.autocast]) -> Iterator[None]:
             c._enabled = True
 
 
+class _Autocast(TorchFunctionMode):
+    """Looks whether a call in here is made under autocast, whoever has turned it on, and can turn it off for the call.
+
+    Attributes:
+        met: one was.
+    """
+
+    def __init__(self, tapes: Sequence[Tape], off: bool) -> None:
+        super().__init__()
+        self._kinds = {kind for t in tapes for kind in t.kinds}
+        self._off = off
+        self.met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on = [kind for kind in self._kinds if torch.is_autocast_enabled(kind)]
+        self.met |= bool(on)
+        off = on if self._off else ()
+        for kind in off:
+            torch.set_autocast_enabled(kind, False)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            for kind in off:
+                torch.set_autocast_enabled(kind, True)
+
+
 def _again(
     tape: Tape,
     inverse: float,
+    mode: _Autocast | None,
     casts: Sequence[torch.autocast] = (),
     *,
-    autocast: bool = False,
+    as_run: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Callable[[], Tensor]:
-    """The loss of a tape, with ``autocast`` as it was; ``casts`` are turned off."""
+    """The loss of a tape, under ``mode``: with autocast as it was, or with that of ``casts`` off."""
 
     def loss() -> Tensor:
-        with ExitStack() as stack:
-            stack.enter_context(_off(casts))
-            for kind, narrow in tape.autocast.items() if autocast else ():
-                stack.enter_context(torch.autocast(kind, narrow, cache_enabled=False))
+        with _off(casts), mode or nullcontext():
             # on data of its own: a model that changes its input in place must not change the user's once more
-            return tape.copy(dtype).replay() * inverse
+            try:
+                return tape.copy(dtype).replay(autocast=as_run) * inverse
+            except RuntimeError as e:
+                if as_run or mode is None or "dtype" not in str(e):
+                    raise
+                why = str(e).splitlines()[0]
+                raise UsageError(
+                    f"curvature is that of a loss without autocast, and without it the model fails ({why}); "
+                    "pass monitor.Curvature(loss_closure=…)"
+                ) from None
 
     return loss
 
@@ -225,12 +260,12 @@ def _fault(moment: Moment, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, T
         unscale, clip, whose = _inverse_scale(moment), 1.0, "that of this process's own backward passes"
     dot = mine = theirs = 0.0
     for again, p in pairs:
-        a = again.double()
+        a = double(again)
         mine += float(a @ a)
         given = _given(moment, p)
         if given is None:
             continue
-        g = given.reshape(-1).double() * unscale
+        g = double(given.reshape(-1)).to(a.device) * unscale
         dot += float(a @ g)
         theirs += float(g @ g)
     if not math.isfinite(theirs):
@@ -257,7 +292,8 @@ def _cut_off(pairs: Sequence[tuple[Tensor, Tensor]], unscale: float) -> bool:
     dot = mine = theirs = 0.0
     cut = count = 0
     for again, given in pairs:
-        a, g = again.double(), given.reshape(-1).double()
+        a = double(again)
+        g = double(given.reshape(-1)).to(a.device)
         at = g.abs() == limit
         if not bool((a[at] * g[at].sign() >= (1 - NORM) * limit * unscale).all()):
             return False

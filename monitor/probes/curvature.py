@@ -27,6 +27,7 @@ from monitor.curvature.closure import Batch, LossClosure, Selection
 from monitor.curvature.density import SpectralDensity
 from monitor.curvature.environment import Mode
 from monitor.curvature.lanczos import ASYMMETRY, Array, Eigenvalues, Krylov, lanczos
+from monitor.curvature.precision import dot
 from monitor.curvature.probes import landscape
 from monitor.curvature.products import Hessian
 from monitor.curvature.spectrum import block_spectra
@@ -281,9 +282,9 @@ class _Measurement:
         return lanczos(H, 1, start=start, max_products=self.most, seed=self.moment.step, max_basis=self.basis)
 
     def _batch(self, g: Tensor) -> None:
-        square = float(g.double() @ g.double())
+        square = dot(g, g)
         began = time.perf_counter()
-        curvature = float(g.double() @ self.hessian(g).double())
+        curvature = dot(g, self.hessian(g))
         took = time.perf_counter() - began
         self.most = int(min(MOST, processes.longest() / (PARTS * took)))
         if self.most < FEWEST:
@@ -337,7 +338,7 @@ class _Measurement:
         if not losses:
             return
         rows, counted = (torch.cat(parts) for parts in zip(*losses, strict=True))
-        p = _slopes(rows, H, u)[counted].double().cpu().numpy()
+        p = _slopes(rows, H, u)[counted].cpu().double().numpy()
         at = counted.nonzero()[:, 0].cpu().numpy()
         if len(p) < 2 or not np.isfinite(p).all() or not p.any():
             return
@@ -348,7 +349,7 @@ class _Measurement:
         order = np.argsort(p)
         strongest = np.unique(np.concatenate([order[:STRONGEST], order[-STRONGEST:]]))
         strongest = strongest[np.argsort(p[strongest])]
-        own = rows.detach().double().cpu().numpy()[at[strongest]]
+        own = rows.detach().cpu().double().numpy()[at[strongest]]
         found = {"row": at[strongest], "projection": p[strongest], "loss": own}
         self.moment.table("opposing_signals", found)
 
@@ -380,11 +381,8 @@ def _landscape(moment: Moment, loss: Rebuilt, directions: Tensor, radius: float)
 
 def _emit(moment: Moment, reads: str, stats: Sequence[str], module: str, values: Sequence[float | None]) -> None:
     """Into the row of this step; None is absent."""
-    recorder = moment.recorder
-    numbers = torch.tensor(
-        [0.0 if v is None else float(v) for v in values], dtype=torch.float32, device=recorder.device
-    )
-    recorder.emit(reads, stats, module, numbers, absent=[i for i, v in enumerate(values) if v is None])
+    numbers = [0.0 if v is None else float(v) for v in values]
+    moment.recorder.emit(reads, stats, module, numbers, absent=[i for i, v in enumerate(values) if v is None])
 
 
 def _first(e: Eigenvalues, i: int = 0) -> tuple[float, float, float]:

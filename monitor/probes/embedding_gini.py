@@ -44,7 +44,7 @@ class EmbeddingGini(Probe):
             rows = len(table) if self.modulus is None else self.modulus
             if len(table) < rows:
                 continue
-            w = table.detach()[:rows].double().cpu()
+            w = table.detach()[:rows].cpu().double()
             x = fourier_norms(w) if self.modulus else torch.linalg.svdvals(w)
             moment.emit("embedding_gini", STATS, moment.parameter(table), (gini(x),))
 

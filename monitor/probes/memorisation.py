@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from monitor.curvature.precision import double
 from monitor.errors import UsageError
 from monitor.record.probe import Moment, Probe, Sparsely
 
@@ -130,6 +131,6 @@ def _losses(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> tupl
     counts = torch.ones_like(each) if y.is_floating_point() else (y != ignored).float()
     if each.numel() == 0 or each.numel() % samples:
         return None
-    rows, counts = each.reshape(samples, -1).double(), counts.reshape(samples, -1).double()
+    rows, counts = double(each.reshape(samples, -1)), double(counts.reshape(samples, -1))
     step = -(-samples // SAMPLES)
     return z.shape[1], (rows.sum(1) / counts.sum(1))[::step].cpu().numpy()

@@ -93,7 +93,7 @@ def linear_fit(x: Tensor, f: Tensor) -> Sequence[float]:
         Sums over values; float64.
     """
     f = _centred(f)
-    design = torch.cat([x.reshape(len(x), -1).double().cpu(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    design = torch.cat([x.reshape(len(x), -1).cpu().double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
     rest = f - design @ torch.linalg.lstsq(design, f, driver="gelsd").solution
     free = len(x) - int(torch.linalg.matrix_rank(design))
     return len(x), rest.square().sum().item() / free, f.var(dim=0).sum().item()

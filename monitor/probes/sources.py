@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from monitor.curvature.closure import LossClosure, Selection
+from monitor.curvature.precision import double
 from monitor.errors import UsageError
 from monitor.record.probe import Moment, Probe
 
@@ -66,6 +67,6 @@ class Sources(Probe):
 
 def aligned(a: Tensor, b: Tensor) -> Tensor:
     """`STATS` of two flat gradients ``(n,)``: cosine (NaN if one is zero) and both norms, float64 ``(3,)``."""
-    a, b = a.double(), b.double()
+    a, b = double(a), double(b)
     norms = torch.stack([a.norm(), b.norm()])
     return torch.stack([a @ b / norms.prod(), *norms])

@@ -27,6 +27,7 @@ from monitor.record.part import Part, Place, hear, is_parted, next_recording, ra
 from monitor.record.private import quiet
 from monitor.record.probe import Probe
 from monitor.record.recorder import SHARDED, Recorder
+from monitor.record.sites.example import ExampleSite
 from monitor.record.sites.logged import LoggedSite
 from monitor.record.told import Told
 from monitor.store.ranks import Others, others_fact
@@ -81,10 +82,14 @@ class Handle:
         """Remember something about the coming step that is no number: the ids of its batch, a file name, a remark.
 
         Args:
-            note: anything `json.dumps` takes; tensors and arrays are turned into lists.
+            note: anything `json.dumps` takes; tensors and arrays are turned into lists. As many numbers or words as the
+                coming batch has rows are the ids of its examples, by which the table `examples` names them.
         """
         if self._recorder is None or self._flusher is None:
             return
+        for site in self._recorder.sites:
+            if isinstance(site, ExampleSite):
+                site.noted(note)
         text = json.dumps(note, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
         self._notes.append((self._recorder.step, text))
         if len(self._notes) >= 1000:

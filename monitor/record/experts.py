@@ -6,12 +6,13 @@ same shapes, or fused parameters with an axis of as many entries as the router h
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from monitor.record.held import Held, held
 
 #: Levels above the module that holds a router's weight.
 _LEVELS = 2
@@ -35,39 +36,47 @@ class Router:
     experts: int
     rows: bool
     k: int
-    _weight: weakref.ref[Tensor]
+    _weight: Held | None
 
     @staticmethod
-    def of(name: str, weight: Tensor, rows: bool, k: int) -> Router:
-        """The router called ``name`` with this weight, which chooses ``k`` experts."""
-        return Router(name, weight.shape[0 if rows else 1], rows, k, weakref.ref(weight))
+    def of(roots: Sequence[nn.Module], name: str, weight: Tensor, rows: bool, k: int) -> Router:
+        """The router called ``name`` with this weight, a parameter of ``roots``, which chooses ``k`` experts."""
+        place = next((place for p, place in held(roots) if p is weight), None)
+        return Router(name, weight.shape[0 if rows else 1], rows, k, place)
 
     @property
     def weight(self) -> Tensor | None:
         """``(expert, feature)``, detached; None if the parameter is gone."""
-        w = self._weight()
+        w = None if self._weight is None else self._weight.parameter
         return None if w is None else w.detach() if self.rows else w.detach().T
 
     def lineage(self, roots: Sequence[nn.Module]) -> list[nn.Module]:
         """The module that holds the weight, then up to two modules above it; empty if the parameter is gone."""
-        weight = self._weight()
+        holder = None if self._weight is None else self._weight.module()
         for root in roots:
             for name, m in root.named_modules():
-                if weight is not None and any(p is weight for p in m._parameters.values()):
+                if m is holder:
                     parts = name.split(".") if name else []
                     kept = range(len(parts), max(-1, len(parts) - _LEVELS - 1), -1)
                     return [root.get_submodule(".".join(parts[:n])) for n in kept]
         return []
 
     def parts(self, roots: Sequence[nn.Module]) -> list[Part]:
-        """The parameters of its experts, detached; empty if they are unknown or spread over several processes."""
+        """The parameters of its experts, detached; empty if they are unknown."""
         lineage = self.lineage(roots)
         for m in lineage[1:]:
             found = _in_list(m, self.experts) or list(_fused(m, self.experts, lineage[0]))
             if found:
-                whole = [p if isinstance(p, Tensor) else p[0] for p in found]
-                return [] if any(hasattr(p, "_local_tensor") for p in whole) else found
+                return found
         return []
+
+
+def spread(parts: Sequence[Part]) -> str | None:
+    """Over what the parameters of experts are spread, so that they cannot be compared; None if they can."""
+    each = [p for part in parts for p in ([part] if isinstance(part, Tensor) else part)]
+    if any(hasattr(p, "_local_tensor") for p in each):
+        return "several processes"
+    return "several devices" if len({p.device for p in each}) > 1 else None
 
 
 def _in_list(module: nn.Module, experts: int) -> list[Part]:

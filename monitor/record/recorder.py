@@ -119,6 +119,7 @@ class Recorder:
         self._was_on, self._trained = False, False  # as it was before the forward: the mode, and `training`
         self.forwards = 0  # of root modules in this step
         self.blind = False  # calls inside one of them were not watched
+        self.replicated = False  # copies of one are called in its place
         self._eval_trained = False
         self._layers: dict[int, weakref.WeakSet[nn.Module]] = {}
         self._kept_fast = False
@@ -137,6 +138,7 @@ class Recorder:
             ]
             for moment in (
                 "on_forward",
+                "on_inner",
                 "on_output",
                 "on_evaluation",
                 "on_backward",
@@ -279,6 +281,11 @@ class Recorder:
         self._expected = frozenset(self._row)
         self._row.clear()
 
+    def listen_anew(self) -> None:
+        """The answers to who listens have changed."""
+        self._ahead.clear()
+        self._listen()
+
     def _listen(self) -> None:
         """Look up who is told of the step that begins: so much has left the cache that no call is cheap."""
         if not self._ahead:
@@ -401,6 +408,7 @@ class Recorder:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if "_is_replica" in vars(module):  # of `nn.DataParallel`: a part of a call already seen, in another thread
+            self.replicated = True
             return
         if not torch.compiler.is_compiling() and self._here() and not transformed():
             self._guard(self._begin_forward, module, args, kwargs)
@@ -411,6 +419,9 @@ class Recorder:
             return
         self._depth += 1
         if self._depth > 1:
+            if self.training and self.probing:
+                with quiet():
+                    self._at("on_inner", module)
             return
         self._was_on, self._trained = self.stack.on, self.training
         self.training = torch.is_grad_enabled() and (module.training or self._eval_trained)
@@ -458,7 +469,7 @@ class Recorder:
                 self.stack.set(False)
             if self._was_on and not torch.is_grad_enabled():
                 self.training = self._trained
-            if not module.training and not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 with quiet():
                     self._at("on_evaluation", module, args, kwargs, output)
 
@@ -601,8 +612,7 @@ class Recorder:
         if name in self._broken:
             return
         self._broken.add(name)
-        self._ahead.clear()
-        self._listen()
+        self.listen_anew()
         if name == "recorder":
             self.active = False
             if not self.mode.inside:

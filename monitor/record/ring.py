@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -262,15 +263,20 @@ class Ring:
 
     def blank(self, span: slice, stats: Sequence[int]) -> None:
         """Make single statistics of one module absent in the open row."""
-        n = len(self.steps)
+        n, device = len(self.steps), self._block.device
         self._host[n, span].view(np.int32)[list(stats)] = ABSENT_INT
-        if self._block.device is not None:
-            bits = self._block.device[n][span].view(torch.int32)
-            for i in stats:
-                bits[i : i + 1].fill_(ABSENT_INT)
+        if device is not None:
+            bits = device[n][span].view(torch.int32)
+            bits.masked_fill_(_among(tuple(stats), len(bits), device.device), ABSENT_INT)
 
     def commit(self, step: int) -> None:
         """Close the open row as ``step``; on an accelerator, start the copy when one is due."""
         self.steps.append(step)
         if len(self.steps) % COPY_EVERY == 0:
             self._block.copy()
+
+
+@cache
+def _among(stats: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """``(count,)`` bool on ``device``: True for those of ``stats``."""
+    return torch.from_numpy(np.isin(np.arange(count), stats)).to(device, non_blocking=True)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Steps at the beginning of a run at which everything is measured every step.
 START = 10
+#: Why nothing is known of what is called inside a model, where its replicas are called in its place.
+REPLICAS = "nn.DataParallel calls copies of the model in threads of their own, where nothing is watched"
 
 
 class Site:
@@ -56,11 +58,14 @@ class Site:
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A root module's training forward is about to run."""
 
+    def on_inner(self, module: nn.Module) -> None:
+        """A followed module is being called inside another's training forward, in a step in which a probe is due."""
+
     def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A root module's training forward has ended."""
 
     def on_evaluation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A root module's forward in evaluation, without gradients, has ended."""
+        """A root module's forward without gradients has ended: an evaluation, if the module is in that mode."""
 
     def on_backward(self) -> None:
         """Backward is about to run."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from monitor.curvature.environment import RandomState
 from monitor.record.facts import unwrap
+from monitor.record.held import Held, held
 
 #: How deep tensors are looked for in objects of the user's own classes.
 _DEPTH = 3
@@ -39,18 +41,11 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A parameter, looked up where the module holds it at the time of the replay."""
-
-    module: weakref.ref[nn.Module]
-    key: str
-
-
-@dataclass(frozen=True)
 class _Root:
     """A root module, called again; a tape that is kept must not keep a model that its user has dropped."""
 
     module: weakref.ref[nn.Module]
+    dtypes: Sequence[torch.dtype]  # of what it gave, or its wrapper
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _alive(self.module)(*args, **kwargs)
@@ -61,6 +56,7 @@ class _Call:
     """One call; tensors in ``args`` and ``kwargs`` that stem from the tape are replaced by where they come from.
 
     Attributes:
+        autocast: device types for which autocast was on, with their dtypes.
         changes: True if it changes a tensor in place.
         severed: True if something it is given depends on parameters and does not stem from the tape.
     """
@@ -69,6 +65,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     grad: bool
+    autocast: Mapping[str, torch.dtype]
     changes: bool
     severed: bool
 
@@ -82,7 +79,7 @@ class Tape:
 
     Attributes:
         loss: what `backward` was called on, read when it was called; None until then, and on an accelerator.
-        autocast: device types for which autocast was on when the tape began, with their dtypes.
+        kinds: device types that calls may be made under autocast for.
         severed: a replay takes something for data that depends on parameters, and the loss on it: what gave it was not
             seen, as in a `torch.autograd.Function`, a compiled function, or a model that is not followed.
     """
@@ -91,31 +88,30 @@ class Tape:
         self.random = random
         self.loss: float | None = None
         self.severed = False
-        kinds = {"cpu", *(p.device.type for m in models for p in m.parameters())}
-        kinds = {kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)}
-        self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
+        kinds = dict.fromkeys(["cpu", *(p.device.type for m in models for p in m.parameters())])
+        self.kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self._entered: Mapping[str, torch.dtype] = {}
         self._calls: list[_Call] = []
         self._cut = False  # in what is being traced
         self._where: dict[int, _Made] = {}
         self._alive: list[Tensor] = []  # an id means nothing once its tensor is gone
         self._end: _Made | None = None
         self._gradient: Any = None
-        self._held = {
-            id(p): _Held(weakref.ref(m), key)
-            for model in models
-            for m in model.modules()
-            for key, p in m._parameters.items()
-            if p is not None
-        }
+        self._held = {id(p): place for p, place in held(models)}
 
     @property
     def complete(self) -> bool:
         """True once `backward` was called on something that these calls gave."""
         return self._end is not None
 
+    def enter(self) -> None:
+        """A root module is being called, maybe by its wrapper, which may turn autocast on: the last time counts."""
+        self._entered = self._autocast()
+
     def root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A root module was called."""
-        self._note(_Root(weakref.ref(unwrap(module))), args, kwargs, output, True, False)
+        again = _Root(weakref.ref(unwrap(module)), [t.dtype for t in _tensors(output)])
+        self._note(again, args, kwargs, output, True, False, self._entered)
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A torch function was called outside the root modules."""
@@ -126,23 +122,35 @@ class Tape:
         name = getattr(func, "__name__", "")
         changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if changes or any(True for _ in _tensors(result)):
-            self._note(func, args, kwargs, result, torch.is_grad_enabled(), changes)
+            self._note(func, args, kwargs, result, torch.is_grad_enabled(), changes, self._autocast())
 
-    def _note(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, grad: bool, changes: bool) -> None:
+    def _autocast(self) -> Mapping[str, torch.dtype]:
+        return {kind: torch.get_autocast_dtype(kind) for kind in self.kinds if torch.is_autocast_enabled(kind)}
+
+    def _note(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        grad: bool,
+        changes: bool,
+        autocast: Mapping[str, torch.dtype],
+    ) -> None:
         self._cut = False
         args, kwargs = self._traced(args), self._traced(dict(kwargs))
-        self._calls.append(_Call(func, args, kwargs, grad, changes, self._cut))
+        self._calls.append(_Call(func, args, kwargs, grad, autocast, changes, self._cut))
         for i, t in enumerate(_tensors(result)):
             self._where[id(t)] = _Made(len(self._calls) - 1, i)
             self._alive.append(t)
 
-    def end(self, loss: Tensor, gradient: Tensor | None, read: bool) -> None:
-        """`backward` is being called on ``loss`` with ``gradient``; ``read``: its value can be had without a sync."""
+    def end(self, loss: Tensor, gradient: Tensor | None) -> None:
+        """`backward` is being called on ``loss`` with ``gradient``."""
         end = self._trace(loss)
         self._end = end if isinstance(end, _Made) else None
         self.severed = self._end is not None and any(c.severed for c in self._behind(self._end.call))
         self._gradient = None if gradient is None else gradient.detach().clone()
-        self.loss = float(loss.detach()) if read and loss.numel() == 1 else None
+        self.loss = float(loss.detach()) if loss.is_cpu and loss.numel() == 1 else None
 
     def twin(self) -> Tape:
         """The same calls, for another loss among what they gave, on which `backward` is called next."""
@@ -164,11 +172,14 @@ class Tape:
                 todo += [x.call for x in tree_leaves((c.args, c.kwargs)) if isinstance(x, _Made)]
         return list(found.values())
 
-    def replay(self) -> Tensor:
+    def replay(self, *, autocast: bool = False) -> Tensor:
         """The loss again: the tensor that `backward` was called on, as a function of what the modules hold now.
 
         Random numbers are drawn as they were; the caller puts the generators back. Call it where nothing the modules
         change (buffers, counters) matters, as in `LossClosure.session` or `Moment.evaluation`.
+
+        Args:
+            autocast: turn it on for the calls for which it was on, and give what they gave in its dtype.
 
         Returns:
             ``()``, differentiable if gradients are enabled; the sum over elements times `backward`'s own gradient if it
@@ -181,8 +192,11 @@ class Tape:
         enabled = torch.is_grad_enabled()
         with _Undrawn():
             for c in self._calls:
-                with torch.set_grad_enabled(c.grad and enabled):
-                    made.append(list(_tensors(c.func(*_filled(c.args, made), **_filled(dict(c.kwargs), made)))))
+                with _autocast(c.autocast if autocast else {}), torch.set_grad_enabled(c.grad and enabled):
+                    gave = list(_tensors(c.func(*_filled(c.args, made), **_filled(dict(c.kwargs), made))))
+                    if autocast and isinstance(c.func, _Root):  # a wrapper may have widened it
+                        gave = [t.to(dtype) for t, dtype in zip(gave, c.func.dtypes, strict=True)]
+                    made.append(gave)
         loss = made[self._end.call][self._end.leaf]
         return loss.reshape(()) if self._gradient is None else (loss * self._gradient).sum()
 
@@ -236,6 +250,14 @@ class Tape:
         return x if known is None else known
 
 
+@contextmanager
+def _autocast(dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind, narrow in dtypes.items():
+            stack.enter_context(torch.autocast(kind, narrow, cache_enabled=False))
+        yield
+
+
 def _alive(module: weakref.ref[nn.Module]) -> nn.Module:
     found = module()
     if found is None:
@@ -247,7 +269,7 @@ def _filled(given: Any, made: list[list[Tensor]]) -> Any:
     def fill(x: Any) -> Any:
         if isinstance(x, _Made):
             return made[x.call][x.leaf]
-        if isinstance(x, _Held):
+        if isinstance(x, Held):
             return _alive(x.module)._parameters[x.key]
         return x
 

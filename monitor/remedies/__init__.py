@@ -5,6 +5,7 @@ A remedy is an ordinary piece of PyTorch. It needs no recorder, and using it cha
 
 from __future__ import annotations
 
+from monitor.remedies.fingerprints import fingerprints
 from monitor.remedies.orthogonal_gradient import OrthogonalGradient, orthogonalize_gradients_
 from monitor.remedies.qk_norm import QKNorm
 from monitor.remedies.spike_aware_clipping import SpikeAwareClipping, clip_spikes_
@@ -17,6 +18,7 @@ __all__ = [
     "SpikeAwareClipping",
     "StableMaxCrossEntropy",
     "clip_spikes_",
+    "fingerprints",
     "orthogonalize_gradients_",
     "stablemax",
     "stablemax_cross_entropy",

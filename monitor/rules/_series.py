@@ -183,6 +183,21 @@ def raised(window: Window, steps: Steps, mask: Mask) -> Array:
     return found
 
 
+def rates(window: Window, steps: Steps, modules: tuple[str, ...]) -> Array:
+    """The learning rate of each parameter's group, ``(step, module)``; NaN where it is not known.
+
+    Args:
+        window: with ``learning_rate.lr``, and the facts of the run.
+        steps: ``(step,)`` int64.
+        modules: names of parameters.
+    """
+    found: dict[str, str] = {}
+    for q in window.facts.get("parameters", ()):
+        group, optimizer = f"group[{q.get('group')}]", q.get("optimizer")
+        found[str(q.get("name"))] = f"optimizer[{optimizer}].{group}" if optimizer else group  # the first has no name
+    return latest(window["learning_rate.lr"], steps, tuple(found.get(m, "") for m in modules))[0]
+
+
 def teaching(window: Window, steps: Steps, modules: tuple[str, ...]) -> Array:
     """What the rows still teach: (1 − accuracy) + (1 − mean largest probability), ``(step, module)``.
 

@@ -51,13 +51,15 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     padded[size:] = np.where(has, value, np.inf)
     best = -rolling_max(-padded, size + 1) if losses else padded[size:]
     rise = np.where(best > 0, value / best, 1.0)
-    mask, now, then = np.zeros_like(has), np.full(value.shape, np.nan), np.full(value.shape, np.nan)
+    mask = np.zeros_like(has)
+    now, then, best_step = (np.full(value.shape, np.nan) for _ in range(3))
     for row, i in zip(*np.nonzero(has & (rise >= p["rise"])), strict=True):
         first = max(0, row - size)
         at = logged.steps[first + int(np.argmin(padded[size + first : size + row + 1, i]))]
+        best_step[row, i] = at
         now[row, i], then[row, i] = entropy.between(int(at), int(logged.steps[row]))
         mask[row, i] = now[row, i] < p["fall"] * then[row, i]
-    evidence = {"best": best, "entropy": now, "entropy_at_best": then}
+    evidence = {"best": best, "best_step": best_step, "entropy": now, "entropy_at_best": then}
     evidence["on_evaluation"] = np.full(value.shape, float(bool(held_out)))
     yield Hits(logged.steps, names, mask, has, value, p["rise"] * best, evidence)
 
@@ -94,8 +96,8 @@ RULE = Rule(
     title="Overfitting by sharpening",
     severity="info",
     site="logits",
-    message="{module} has risen from {best:.4g} to {value:.4g} while the entropy of predictions fell from "
-    "{entropy_at_best:.3g} to {entropy:.3g} nats.",
+    message="{module} has risen from {best:.4g} at step {best_step:.0f} to {value:.4g}, while the entropy of "
+    "predictions fell from {entropy_at_best:.3g} to {entropy:.3g} nats.",
     refute="the entropy on held-out rows, logged as val_entropy, has not fallen by half",
     remedies=(
         Remedy("keep the weights of the best validation loss"),

@@ -27,9 +27,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from monitor.metric import Array
 from monitor.rule import Hits, Param, Remedy, Rule, Window
-from monitor.rules._series import ODD, Steps, exactly, latest
+from monitor.rules._series import ODD, exactly, rates
 
 CHANGE = "update_ratio.update_norm"
 
@@ -51,22 +50,11 @@ def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
         gradients = window["grad_norm.norm"]
         size, given = exactly(gradients, steps, modules)
         known = exactly(gradients, steps, gradients.modules)[1].any(axis=1, keepdims=True)
-        rate = _rates(window, steps, modules)
+        rate = rates(window, steps, modules)
         # else the update was lost in rounding: so it is with a bias in front of a normalisation, which nothing needs
         mask &= known & (~given | (size == 0) | (rate == 0))
         evidence = {"gradient": size, "learning_rate": rate}
     yield Hits(steps, modules, mask, has, block[CHANGE], p["change"], evidence)
-
-
-def _rates(window: Window, steps: Steps, modules: tuple[str, ...]) -> Array:
-    """The learning rate of each parameter's group, ``(step, module)``; NaN where it is not known."""
-    block = window["learning_rate.lr"]
-    several = len(window.facts.get("optimizers", ())) > 1
-    found: dict[str, str] = {}
-    for q in window.facts.get("parameters", ()):
-        group = f"group[{q.get('group')}]"
-        found[str(q.get("name"))] = f"optimizer[{q.get('optimizer')}].{group}" if several else group
-    return latest(block, steps, tuple(found.get(m, "") for m in modules))[0]
 
 
 RULE = Rule(

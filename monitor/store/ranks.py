@@ -25,6 +25,7 @@ from monitor.store.tail import read_tail
 WAYS: Mapping[str, Mapping[str, str]] = {
     "gradient": {"norm": "norm", "max_abs": "max", "nonfinite": "sum", "spikes": "sum", "spike_ratio": "max"},
     "update": {"update_norm": "norm", "param_norm": "norm"},
+    "rounding": {"n": "sum", "asked": "sum", "lost": "sum", "still": "sum", "elements": "sum"},
     "distance": {"sumsq": "sum", "sumsq_var": "sum", "exact": "min"},
     "alignment": {"dot": "sum", "grad_norm": "norm", "param_norm": "norm"},
 }

@@ -71,7 +71,17 @@ void arrive(int64_t upto) {
   }
 }
 
-struct DeviceAllocator final : c10::Allocator {
+template <class Kind>
+struct HostAllocator : c10::Allocator {
+  c10::DeleterFnPtr raw_deleter() const override {
+    return &Kind::free;
+  }
+  void copy_data(void* to, const void* from, std::size_t n) const override {
+    std::memcpy(to, from, n);
+  }
+};
+
+struct DeviceAllocator final : HostAllocator<DeviceAllocator> {
   c10::DataPtr allocate(size_t n) override {
     void* data = n == 0 ? nullptr : c10::GetCPUAllocator()->raw_allocate(n);
     if (data != nullptr) {
@@ -84,15 +94,9 @@ struct DeviceAllocator final : c10::Allocator {
       c10::GetCPUAllocator()->raw_deallocate(data);
     }
   }
-  c10::DeleterFnPtr raw_deleter() const override {
-    return &free;
-  }
-  void copy_data(void* to, const void* from, std::size_t n) const override {
-    std::memcpy(to, from, n);
-  }
 } allocator;
 
-struct PinnedAllocator final : c10::Allocator {
+struct PinnedAllocator final : HostAllocator<PinnedAllocator> {
   c10::DataPtr allocate(size_t n) override {
     void* data = c10::GetCPUAllocator()->raw_allocate(n == 0 ? 1 : n);
     std::lock_guard<std::recursive_mutex> hold(guard);
@@ -103,12 +107,6 @@ struct PinnedAllocator final : c10::Allocator {
     std::lock_guard<std::recursive_mutex> hold(guard);
     pinned.erase(data);
     c10::GetCPUAllocator()->raw_deallocate(data);
-  }
-  c10::DeleterFnPtr raw_deleter() const override {
-    return &free;
-  }
-  void copy_data(void* to, const void* from, std::size_t n) const override {
-    std::memcpy(to, from, n);
   }
 } pinned_allocator;
 
@@ -307,6 +305,7 @@ at::Tensor reshape_alias(const at::Tensor& self, c10::SymIntArrayRef size, c10::
 }
 
 const at::Tensor& resize_(const at::Tensor& self, c10::SymIntArrayRef size, std::optional<at::MemoryFormat> format) {
+  c10::DeviceGuard on(self.device());  // what grows stays where it is
   return at::native::resize_(self, C10_AS_INTARRAYREF_SLOW(size), format);
 }
 

@@ -77,11 +77,16 @@ class Waits:
 
     Args:
         part: what the path of a file has in it to be named; a wait of nobody else is the training's own.
+
+    Attributes:
+        found: where, and how often.
+        measuring: how often in a probe, which may wait as long as its share of the time allows.
     """
 
     def __init__(self, part: str) -> None:
         self._part = part
         self.found: Counter[str] = Counter()
+        self.measuring = 0
 
     def __enter__(self) -> Waits:
         self._caught = warnings.catch_warnings()
@@ -96,7 +101,9 @@ class Waits:
         _, found, why = str(message).partition("the host waits for the device: ")
         if found:
             lines = [f for f in traceback.extract_stack() if self._part in f.filename]
-            if lines and not lines[-1].filename.endswith("mode.py"):  # which calls what the training calls
+            if any(f.name == "_measure" and f.filename.endswith("sites/probe.py") for f in lines):
+                self.measuring += 1
+            elif lines and not lines[-1].filename.endswith("mode.py"):  # which calls what the training calls
                 where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(lines[-3:]))
                 self.found[f"{why.split(' (')[0]} in {where}"] += 1
 

@@ -17,6 +17,16 @@ from torch.nn import functional as F
 from torch.nn.parallel import scatter_gather
 
 import monitor
+from monitor.probes import (
+    EmbeddingGini,
+    FourierLosses,
+    JacobianSpectrum,
+    LocalComplexity,
+    Memorisation,
+    OddFraction,
+    Sources,
+    TrajectoryKL,
+)
 from monitor.record.recorder import Recorder
 from monitor.record.site import Site
 from tests.accelerator import emulated
@@ -35,6 +45,14 @@ def _classes(rows: int = 64, features: int = 12) -> tuple[Tensor, Tensor]:
 
 def _mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 5))
+
+
+def _update(model: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    loss = F.cross_entropy(model(x), y)
+    opt.zero_grad()
+    loss.backward()
+    loss.detach().zero_()  # scripts divide it there, or add it up over processes
+    opt.step()
 
 
 def plain(attach: Attach) -> nn.Module:
@@ -157,10 +175,7 @@ def autocast(attach: Attach) -> nn.Module:
     x, y = _classes()
     for _ in range(30):
         with torch.autocast(emulated.NAME, dtype=torch.bfloat16):
-            loss = F.cross_entropy(model(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+            _update(model, opt, x, y)
     return model
 
 
@@ -210,10 +225,7 @@ def _data_parallel(attach: Attach, wrapper: bool) -> nn.Module:
     attach(model if wrapper else inside, opt)
     x, y = _classes()
     for _ in range(40):
-        loss = F.cross_entropy(model(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        _update(model, opt, x, y)
     return inside
 
 
@@ -248,13 +260,10 @@ class _Split(nn.Module):
 def _split(attach: Attach, first: str, second: str) -> nn.Module:
     model = _Split(first, second)
     opt = torch.optim.Adam(model.parameters(), lr=1e-3)
-    attach(model, opt)
+    attach(model, opt, curvature=monitor.Curvature(every=20))
     x, y = _classes()
     for _ in range(45):
-        loss = F.cross_entropy(model(x.to(first)), y.to(second))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        _update(model, opt, x.to(first), y.to(second))
     return model
 
 
@@ -268,21 +277,107 @@ def half_on_the_host(attach: Attach) -> nn.Module:
     return _split(attach, "cpu", DEVICE)
 
 
-def moved(attach: Attach) -> nn.Module:
-    """A model that goes to the device in the middle."""
-    model = _mlp()
-    opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach(model, opt)
-    x, y = _classes()
-    for step in range(40):
-        if step == 15:
-            model.to(DEVICE)
-        device = next(model.parameters()).device
-        loss = F.cross_entropy(model(x.to(device)), y.to(device))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+class _Scale(nn.Module):
+    """A normalisation written by hand."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class _Choose(nn.Module):
+    """Experts in a list, each wherever it is; the scores of some routers can be had before the softmax, of some not."""
+
+    def __init__(self, d: int, factor: float | None) -> None:
+        super().__init__()
+        self.router, self.factor = nn.Linear(d, 4), factor
+        self.experts = nn.ModuleList(nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x) if self.factor is None else self.router(x) * self.factor
+        weights, chosen = scores.softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            share = (weights * (chosen == i)).sum(-1, keepdim=True)
+            out = out + expert(x.to(next(expert.parameters()).device)).to(x.device) * share
+        return out
+
+
+class _Mixed(nn.Module):
+    def __init__(self, d: int, factor: float | None) -> None:
+        super().__init__()
+        self.n1, self.n2, self.mixture = _Scale(d), _Scale(d), _Choose(d, factor)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.n1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.mixture(self.n2(x))
+
+
+def _mixed(attach: Attach, place: Callable[[_GPT, int], None], steps: int) -> nn.Module:
+    """A mixture of experts, of which ``place`` says before every step what is where."""
+    model = _GPT(layers=3)
+    model.blocks = nn.ModuleList(_Mixed(32, factor) for factor in (2.0, None, None))
+    place(model, 0)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    handle = attach(model, opt)
+    data = torch.randint(0, 64, (16, 17), device="cpu")
+    for step in range(steps):
+        place(model, step)
+        for state, p in ((opt.state[p], p) for p in model.parameters() if p in opt.state):
+            state |= {key: state[key].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        device = model.token.weight.device
+        _update(nn.Sequential(model, nn.Flatten(0, 1)), opt, data[:, :-1].to(device), data[:, 1:].to(device).flatten())
+        if handle is not None:
+            handle.log(val_number=3.14159)
     return model
+
+
+def moved(attach: Attach) -> nn.Module:
+    """A model that goes to the device, to another, and back; its parameters stay themselves, as on every device."""
+
+    def place(model: _GPT, step: int) -> None:
+        where = {15: DEVICE, 45: SECOND, 95: DEVICE, 225: "cpu"}.get(step)
+        if where is not None:
+            model.to(where)
+
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    return _mixed(attach, place, 235)
+
+
+def spread(attach: Attach) -> nn.Module:
+    """A model of which every block and every expert has a device to itself."""
+
+    def place(model: _GPT, step: int) -> None:
+        if step > 0:
+            return
+        model.to(DEVICE)
+        for i, block in enumerate(m for m in model.modules() if isinstance(m, _Mixed)):
+            block.to((SECOND, DEVICE)[i % 2])
+            block.register_forward_pre_hook(lambda m, given: (given[0].to(next(m.parameters()).device),))
+            for expert, device in zip(block.mixture.experts, (DEVICE, SECOND) * 2, strict=True):
+                expert.to(device)
+        model.norm.register_forward_pre_hook(lambda m, given: (given[0].to(DEVICE),))
+
+    return _mixed(attach, place, 25)
+
+
+def defaults(attach: Attach) -> nn.Module:
+    """A script that has tensors made in 16 bits, and on the device."""
+    torch.set_default_device(DEVICE)
+    model = _mixed(attach, lambda model, step: None if step else _as_default(model), 25)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def _as_default(model: _GPT) -> None:
+    model.to(DEVICE)
+    torch.set_default_dtype(torch.bfloat16)
 
 
 def broken_input(attach: Attach) -> nn.Module:
@@ -294,10 +389,7 @@ def broken_input(attach: Attach) -> nn.Module:
     for step in range(30):
         if step == 20:
             x[3, 4] = float("nan")
-        loss = F.cross_entropy(model(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        _update(model, opt, x, y)
     return model
 
 
@@ -308,10 +400,49 @@ def curvature(attach: Attach) -> nn.Module:
     attach(model, opt, curvature=monitor.Curvature(every=20))
     x, y = _classes()
     for _ in range(45):
-        loss = F.cross_entropy(model(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        _update(model, opt, x, y)
+    return model
+
+
+def curvature_in_time(attach: Attach) -> nn.Module:
+    """Hessian products when there is time for them."""
+    model = _mlp().to(DEVICE)
+    opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+    attach(model, opt, curvature=monitor.Curvature(budget=1.0))
+    x, y = _classes()
+    for _ in range(120):
+        _update(model, opt, x, y)
+    return model
+
+
+class _Sums(nn.Module):
+    """Adds modulo five, from how often each number is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.up, self.down = nn.Embedding(5, 8), nn.Linear(8, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x @ self.token.weight)))
+
+
+def probes(attach: Attach) -> nn.Module:
+    """Every probe but the curvature."""
+    model = _Sums().to(DEVICE)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    a, b = (t.flatten() for t in torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
+    x, y = (F.one_hot(a, 5) + F.one_hot(b, 5)).float(), (a + b) % 5
+    known = torch.randperm(25) < 18
+    batch, rest = ((x[some].to(DEVICE), y[some].to(DEVICE)) for some in (known, ~known))
+    sources = {"batch": (F.cross_entropy, batch), "rest": (F.cross_entropy, rest)}
+    everything = [
+        EmbeddingGini(5, every=10), FourierLosses(x, y, known, 5, every=10), JacobianSpectrum(every=10),
+        LocalComplexity(x, 0.1, 4, every=10), Memorisation(every=10), Sources(sources, every=10),
+        OddFraction(torch.randn(64, 5), every=10), TrajectoryKL(every=10),
+    ]  # fmt: skip
+    attach(model, opt, probes=everything)
+    for _ in range(45):
+        _update(model, opt, *batch)
     return model
 
 
@@ -322,26 +453,22 @@ def graph(attach: Attach) -> nn.Module:
     attach(model, opt)
     x, y = _classes()
 
-    def update() -> None:
-        opt.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        opt.step()
-
     for step in range(24):
         if step == 12:
             torch.ops.emulated.capture(True)
             with emulated.Operations() as operations:
-                update()
+                _update(model, opt, x, y)
             torch.ops.emulated.capture(False)
             LAUNCHED.append(operations.found)
         else:
-            update()
+            _update(model, opt, x, y)
     return model
 
 
 TRAININGS = (
     plain, gpt, deep_gpt, graph, scaler, replicas, replicas_of_the_model, experts, autocast, convolutions,
-    two_devices, half_on_the_host, moved, broken_input, curvature,
+    two_devices, half_on_the_host, moved, spread, defaults, broken_input, curvature,
+    curvature_in_time, probes,
 )  # fmt: skip
 
 
@@ -355,12 +482,12 @@ def _digest(training: Callable[[Attach], nn.Module], attach: Attach) -> str:
 
 def main(library: str, folder: str, name: str, *options: str) -> dict[str, Any]:
     """Train ``name`` twice, and tell what a recording of it in ``folder`` is like."""
-    global DEVICE
+    global DEVICE, SECOND
     emulated.start(Path(library))
     if "no float64" in options:
         torch.ops.emulated.use_float64(False)
     if "on the host" in options:
-        DEVICE = "cpu"
+        DEVICE = SECOND = "cpu"
         torch.backends.cuda.enable_flash_sdp(False)  # which the device has not
     training = next(t for t in TRAININGS if t.__name__ == name)
     handles: list[monitor.Handle] = []
@@ -378,8 +505,10 @@ def main(library: str, folder: str, name: str, *options: str) -> dict[str, Any]:
     return {
         "equal": control == recorded,
         "waits": waits.found,
+        "measuring": waits.measuring,
         "launched": LAUNCHED,
         "warnings": run.info["warnings"],
+        "absent": run.info["absent"],
         "metrics": sorted(run.metrics()),
         "rows": [int(s) for s in run.frame("loss")["step"]],
         "findings": [(f.rule, f.module, f.first_step) for f in run.findings()],

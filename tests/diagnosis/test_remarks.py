@@ -155,3 +155,26 @@ def test_nothing_healthy_is_remarkable(tmp_path: Path) -> None:
         first=0.5,
     )
     assert told(run) == {}
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ({"betas": [0.9, 0.999]}, "hardly depends on it"),
+        ({"momentum": 0.9}, "the threshold times the learning rate sets the size"),
+    ],
+    ids=["Adam", "SGD"],
+)
+def test_clipping_in_nearly_every_step(group: Mapping[str, object], words: str, tmp_path: Path) -> None:
+    """Oracle: closed form. Coefficients of 0.2 to 0.3 in all but 1 % of 600 steps; nothing if it is 10 %."""
+
+    def run(name: str, free: int) -> Run:
+        writer = RunWriter.create(tmp_path / name, script="train.py")
+        writer.update(facts={"optimizers": [{"groups": [group]}]})
+        writer.append([column("clip.coefficient", [1.0 if i % free == 0 else 0.2 + i % 11 / 100 for i in range(600)])])
+        writer.close("finished")
+        return open_run(writer.path)
+
+    line = told(run("often", 100))["clipping"]
+    assert line.startswith("nearly every gradient was clipped, half of them to 0.25 of their norm") and words in line
+    assert told(run("seldom", 10)) == {}

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch._dynamo
 import torch._dynamo.utils
+
+from monitor.errors import MonitorWarning
 
 
 @pytest.fixture
@@ -13,6 +17,15 @@ def nothing_compiled() -> Iterator[None]:
     _forget()
     yield
     _forget()
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """A site that breaks warns; here that is a failure."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MonitorWarning)
+        yield
 
 
 def _forget() -> None:

@@ -411,3 +411,24 @@ def test_growth_is_found_in_a_training(tmp_path: Path) -> None:
     run = train(model, tmp_path / "run")
     found = [f for f in run.findings() if f.rule == "attention_logit_growth"]
     assert found and all(f.module.startswith("blocks.1[") for f in found)
+
+
+class InSixteen(Attend):
+    """Queries and keys of 32 bits, as from a norm of their own, for a kernel that autocast gives them in 16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, token, 16)`` to the same."""
+        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q = 8 * q
+        self.kept.append((q.detach(), k.detach()))
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).float()
+
+
+def test_entropy_under_autocast(tmp_path: Path) -> None:
+    """Oracle: dense float64 reference. It comes from rows: another call of the kernel would compute in 16 bits too."""
+    block = InSixteen()
+    run = train(Two([block]), tmp_path / "run", steps=1)
+    p = dense(*block.kept[0]).softmax(-1)
+    for head, want in enumerate(-torch.xlogy(p, p).sum(-1).mean((0, 2))):
+        assert run.series("attn_entropy.entropy", f"blocks.0[{head}]")[1][0] == pytest.approx(want.item(), rel=1e-5)

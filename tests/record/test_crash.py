@@ -114,7 +114,7 @@ opt = torch.optim.AdamW(model.parameters())
 monitor.attach(model, sys.argv[1])
 for i in range(1500):
     if i == 100:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (48_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (56_000, resource.RLIM_INFINITY))
     opt.zero_grad()
     torch.nn.functional.cross_entropy(model(torch.randn(8, 12)), torch.randint(0, 5, (8,))).backward()
     opt.step()
@@ -123,7 +123,7 @@ print("trained", i + 1)
 
 
 def test_a_full_disk_is_survived_and_said(tmp_path: Path) -> None:
-    """Oracle: planted fault. No file beyond 48 kB from step 100 on: training ends, the run can be read and says so."""
+    """Oracle: planted fault. No file beyond 56 kB from step 100 on: training ends, the run can be read and says so."""
     script = tmp_path / "full.py"
     script.write_text(FULL)
     done = run_warm(script, tmp_path / "run", cwd=tmp_path)

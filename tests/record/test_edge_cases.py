@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import io
-import json
 import os
-import pickle
-import pickletools
 import subprocess
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,212 +22,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import monitor
-from monitor.errors import MonitorWarning
-from tests.record import trainings
+from monitor.record.site import REPLICAS
+from tests.record.small import absent, clean, mlp, train
 from tests.warm import run_warm
 
-
-def mlp(features: int = 12, classes: int = 5) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Linear(16, classes))
-
-
-def train(
-    model: nn.Module,
-    steps: int = 25,
-    inputs: Callable[[], Tensor] = lambda: torch.randn(8, 12),
-    loss: Callable[[Tensor], Tensor] = lambda z: F.cross_entropy(z, torch.randint(0, 5, (8,))),
-    optimizer: torch.optim.Optimizer | None = None,
-) -> torch.optim.Optimizer:
-    optimizer = optimizer or torch.optim.AdamW(model.parameters())
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(model(inputs())).backward()
-        optimizer.step()
-    return optimizer
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> Any:
-    """A site that breaks warns; here that is a failure."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", MonitorWarning)
-        yield
-
-
-def clean(run_dir: Path, steps: int) -> monitor.Run:
-    """The run, in which nothing went wrong."""
-    run = monitor.open(run_dir)
-    assert run.steps == steps
-    assert not run.warnings
-    return run
-
-
-def absent(run: monitor.Run) -> dict[str, str]:
-    return {a["what"]: a["why"] for a in json.loads((run.path / "run.json").read_text())["absent"]}
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 # ---- what is done to the model
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        lambda m: pickle.loads(pickle.dumps(m)),
-        lambda m: torch.optim.swa_utils.AveragedModel(m).module,
-        lambda m: torch.load(_saved(m), weights_only=False),
-    ],
-    ids=["deepcopy", "pickle", "averaged", "save"],
-)
-def test_a_recorded_model_can_be_copied_and_saved(copied: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
-    """Oracle: invariance. The copy computes the same, is not recorded, and the recording goes on."""
-    model = mlp()
-    with monitor.attach(model, tmp_path / "run"):
-        train(model, 3)
-        other = copied(model)
-        x = torch.randn(8, 12)
-        assert torch.equal(other(x), model(x))
-        train(other, 3)
-        train(model, 3)
-    clean(tmp_path / "run", 6)
-
-
-def _saved(model: nn.Module) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(model, file)
-    assert b"monitor" not in file.getvalue()  # so that it loads where there is none
-    file.seek(0)
-    return file
-
-
-class _Inner(nn.Linear):
-    """Says what is saved of it in a way of its own."""
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"inner": self.__dict__.copy()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state["inner"])
-
-
-@pytest.mark.parametrize("closed", [False, True])
-@pytest.mark.parametrize("kind", [nn.Linear, _Inner])
-def test_a_recorded_model_is_saved_as_if_it_were_not(kind: type[nn.Linear], closed: bool, tmp_path: Path) -> None:
-    """Oracle: invariance. The same names are needed to load it, and it holds the user's hooks and no others."""
-
-    def saved(record: bool) -> bytes:
-        model = kind(12, 5)
-        handle = monitor.attach(model, tmp_path / "run") if record else None
-        mine = model.register_forward_pre_hook(_mine, with_kwargs=True)
-        train(model, 3)
-        if handle is not None and closed:
-            handle.close()
-        data = pickle.dumps(model, 2)
-        mine.remove()
-        assert not model._forward_pre_hooks or (handle is not None and not closed)
-        return data
-
-    def needed(data: bytes) -> set[object]:
-        return {name for op, name, _ in pickletools.genops(data) if op.name == "GLOBAL"}
-
-    ours, plain = saved(True), saved(False)
-    assert needed(ours) == needed(plain)
-    model, other = pickle.loads(ours), pickle.loads(plain)
-    assert list(vars(model)) == list(vars(other))
-    assert [type(x) for x in vars(model).values()] == [type(x) for x in vars(other).values()]
-    assert list(model._forward_pre_hooks.values()) == [_mine]
-    assert len(model._forward_pre_hooks_with_kwargs) == 1
-    assert not model._forward_hooks and not model._forward_hooks_always_called
-
-
-def test_a_copy_by_hand_is_itself(tmp_path: Path) -> None:
-    """Oracle: invariance. A copy of the attributes with weights of its own is saved with those."""
-    model = nn.Linear(12, 5)
-    with monitor.attach(model, tmp_path / "run"):
-        train(model, 3)
-        other = nn.Linear(12, 5)
-        other.__dict__.update(model.__dict__)
-        other._parameters = dict(other._parameters)
-        other.weight = nn.Parameter(torch.full((5, 12), 7.0))
-        assert (copy.deepcopy(other).weight == 7).all()
-    assert not copy.deepcopy(other)._forward_hooks
-
-
-def test_a_recorded_model_loads_with_weights_only(tmp_path: Path) -> None:
-    """Oracle: independent library. What torch lets through for a plain model it lets through for a recorded one."""
-    model = mlp()
-    with monitor.attach(model, tmp_path / "run"):
-        train(model, 3)
-        file = _saved(model)
-    with torch.serialization.safe_globals([nn.Sequential, nn.Linear, nn.ReLU]):
-        assert torch.equal(torch.load(file, weights_only=True).state_dict()["2.bias"], model.state_dict()["2.bias"])
-
-
-def _mine(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, object]) -> None:
-    """A hook of the user's."""
-
-
-def test_made_on_no_device_and_filled_later(tmp_path: Path) -> None:
-    """Oracle: definition. Attached on the meta device, a model is recorded once its parameters are real."""
-    with torch.device("meta"):
-        model = mlp()
-    with monitor.attach(model, tmp_path / "run"):
-        model.to_empty(device="cpu")
-        for p in model.parameters():
-            nn.init.normal_(p, std=0.1)
-        train(model)
-    assert len(clean(tmp_path / "run", 25).series("grad_norm.norm", "0.weight")[0]) == 25
-
-
-@pytest.mark.parametrize("change", ["double", "bfloat16", "resize"])
-def test_parameters_converted_or_resized_midway(change: str, tmp_path: Path) -> None:
-    """Oracle: definition. The recording goes on; what cannot be compared with the step before is left out."""
-    model = mlp()
-    with monitor.attach(model, tmp_path / "run"):
-        train(model)
-        if change == "resize":
-            model[2].weight.data, model[2].bias.data = torch.randn(7, 16), torch.randn(7)
-        else:
-            getattr(model, change)()
-        dtype = next(model.parameters()).dtype
-        train(model, inputs=lambda: torch.randn(8, 12).to(dtype))
-    clean(tmp_path / "run", 50)
-
-
-def test_a_new_head_keeps_its_name_and_a_new_optimizer_the_series(tmp_path: Path) -> None:
-    """Oracle: definition. Parameters are called what the model calls them; the loss of a run is one series."""
-    model = mlp()
-    with monitor.attach(model, tmp_path / "run"):
-        train(model)
-        model[2] = nn.Linear(16, 5)
-        gc.collect()
-        train(model)
-    run = clean(tmp_path / "run", 50)
-    assert set(run.frame("grad_norm")["module"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert len(run.series("loss.value", "")[0]) == 50
-
-
-def test_a_group_added_midway_is_not_compared_with_an_old_copy(tmp_path: Path) -> None:
-    """Oracle: definition, with a copy made before each step. Every recorded update is that of one step."""
-    model = mlp()
-    opt = torch.optim.SGD(model[2].parameters(), lr=0.1)
-    true: dict[tuple[int, str], float] = {}
-    with monitor.attach(model, tmp_path / "run"):
-        for i in range(45):
-            if i == 25:
-                opt.add_param_group({"params": list(model[0].parameters())})
-            if i == 33:
-                model[0].weight.requires_grad_(False)
-            opt.zero_grad()
-            F.cross_entropy(model(torch.randn(8, 12)), torch.randint(0, 5, (8,))).backward()
-            before = {n: p.detach().clone() for n, p in model.named_parameters()}
-            opt.step()
-            true |= {(i, n): (p.detach() - before[n]).norm().item() for n, p in model.named_parameters()}
-    frame = clean(tmp_path / "run", 45).frame("update_ratio")
-    assert {"0.bias", "2.weight"} <= set(frame["module"])
-    for step, module, norm in zip(frame["step"], frame["module"], frame["update_norm"], strict=True):
-        assert norm == pytest.approx(true[step, module], rel=1e-4, abs=1e-9)
 
 
 def test_an_encoder_layer_as_root_keeps_its_fast_path(tmp_path: Path) -> None:
@@ -611,21 +408,6 @@ def test_an_error_at_attach_is_no_reason_not_to_train(tmp_path: Path, monkeypatc
     train(model, 3)
 
 
-@pytest.mark.parametrize("training", [trainings.plain])
-def test_a_model_copied_while_recorded_trains_to_the_same_bits(
-    training: Callable[[Callable[[nn.Module], object]], str], tmp_path: Path
-) -> None:
-    """Oracle: invariance, bitwise. Copying and pickling a recorded model in the middle changes nothing."""
-    control = training(lambda _: None)
-
-    def watch(model: nn.Module) -> None:
-        monitor.attach(model, tmp_path / "run")
-        copy.deepcopy(model)
-        pickle.dumps(model)
-
-    assert training(watch) == control
-
-
 @pytest.mark.parametrize("where", ["forward", "whole loop", "default", "both"])
 def test_a_device_context_ends_where_it_did(where: str, tmp_path: Path) -> None:
     """Oracle: invariance. After ``with torch.device`` and `torch.set_default_device` no mode is left on the stack."""
@@ -678,3 +460,40 @@ def test_a_mode_entered_for_one_call_sees_what_it_saw(tmp_path: Path) -> None:
 
     control = count(lambda _: None)
     assert count(lambda m: monitor.attach(m, tmp_path / "run")) == control
+
+
+class SelfAttention(nn.Module):
+    """Attention, and experts that a router chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.router, self.head = nn.Linear(12, 36), nn.Linear(12, 4), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, token, 12)`` to ``(batch, 5)``."""
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        x = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        share, _ = self.router(x).softmax(-1).topk(2, -1)
+        return self.head(x * share.sum(-1, keepdim=True)).mean(1)
+
+
+class DataParallel(nn.DataParallel):
+    """Does what torch's does with several devices: calls a copy of the module in a thread of its own."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """What the copy gives."""
+        copy = self.module._replicate_for_data_parallel()
+        copy._parameters = dict(self.module._parameters)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(copy, *inputs, **kwargs).result()
+
+
+def test_why_nothing_is_seen_inside_replicas(tmp_path: Path) -> None:
+    """Oracle: definition. Attention and routers are absent, with the reason; a model without any lacks none."""
+    for i, (model, x) in enumerate(((SelfAttention(), torch.randn(8, 6, 12)), (mlp(), torch.randn(8, 12)))):
+        replicated = DataParallel(model)
+        with monitor.attach(replicated, tmp_path / str(i)):
+            train(replicated, 5, lambda x=x: x)
+        why = absent(clean(tmp_path / str(i), 5))
+        for metric in ("attn_logit_max", "router_balance"):
+            assert why.get(metric) == (REPLICAS if i == 0 else None)

@@ -89,11 +89,11 @@ class Odd(nn.Module):
 def test_what_is_taken_for_experts() -> None:
     """Oracle: planted fault. Neither a convolution nor a list of unlike modules are; a dead router has none."""
     model = Odd()
-    inner = Router.of("inner.router", model.inner.router.weight, True, 2)
+    inner = Router.of([model], "inner.router", model.inner.router.weight, True, 2)
     assert [tuple(p.shape) for p in inner.parts([model]) if isinstance(p, Tensor)] == [(4, 6, 8), (4, 8, 6)]
     assert inner.lineage([model]) == [model.inner.router, model.inner, model]
     apart = nn.ModuleDict({"conv": model.conv, "blocks": model.blocks, "lonely": model.lonely})
-    lonely = Router.of("lonely", model.lonely.weight, True, 2)
+    lonely = Router.of([model], "lonely", model.lonely.weight, True, 2)
     assert lonely.parts([apart]) == []
     model.lonely = apart["lonely"] = nn.Linear(6, 4)
     assert lonely.weight is None and lonely.lineage([apart]) == []

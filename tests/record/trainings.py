@@ -155,6 +155,27 @@ def autocast(watch: Watch) -> str:
     return digest.finish(model, opt)
 
 
+def autocast_around_the_loop(watch: Watch) -> str:
+    """bfloat16 autocast that is never left: the model goes on with copies of its first parameters."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return plain(watch)
+
+
+def narrow(watch: Watch) -> str:
+    """bfloat16 parameters that the optimizer itself updates."""
+    seed()
+    model, digest = mlp().bfloat16(), Digest()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    watch(model)
+    for x, y in batches(120):
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x.bfloat16()).float(), y)
+        loss.backward()
+        opt.step()
+        digest.add(loss)
+    return digest.finish(model, opt)
+
+
 class _Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -355,6 +376,6 @@ def attention(watch: Watch) -> str:
 
 
 ALL: tuple[Callable[[Watch], str], ...] = (
-    plain, clipping, in_place, accumulation, scaler, autocast, checkpointing, checkpointing_reentrant, lbfgs,
-    two_optimizers, padded_encoder, workers, eval_mode, experts, attention,
+    plain, clipping, in_place, accumulation, scaler, autocast, autocast_around_the_loop, narrow, checkpointing,
+    checkpointing_reentrant, lbfgs, two_optimizers, padded_encoder, workers, eval_mode, experts, attention,
 )  # fmt: skip

@@ -102,7 +102,11 @@ GUESSING = ("no_better_than_guessing", "")
 FAULTS = {
     "dead ReLU": (
         Training(model=lambda: changed(mlp(), lambda p: p.fill_(-10), ["2.bias"])),
-        {GUESSING, *(("parameter_at_rest", n) for n in ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight"))},
+        {
+            GUESSING,
+            ("dead_units", "3"),
+            *(("parameter_at_rest", n) for n in ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")),
+        },
     ),
     "softmax twice": (
         Training(model=lambda: nn.Sequential(*mlp(), nn.Softmax(dim=1))),

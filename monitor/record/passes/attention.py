@@ -172,7 +172,7 @@ def all_rows(
         some,
         many,
         torch.where(some, entropy, nothing),
-        torch.where(many, entropy / seen.clamp(min=2).log(), nothing),
+        torch.where(many, entropy / seen.clamp(min=2).float().log(), nothing),
         torch.where(some, sink, nothing),
     )
     return torch.stack([p.sum((0, 2), dtype=torch.float32) for p in parts], 1).double().numpy()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from monitor.record.passes.attention import BELOW, TOP, lowest, unseen_below
 from monitor.record.passes.dtype import sum_dtype
 
-#: Most logits that are in memory at once: 32 MiB.
+#: Most logits of several calls that are in memory at once: 32 MiB. One call has what its rows need.
 MOST = 1 << 23
 
 
@@ -202,7 +202,8 @@ class Fused(Kept):
             largest, norms = s.amax((2, 3)), _norms([f[2] for f in found])
             far = torch.full_like(largest, math.inf)
             unread = -far if n == batch * queries or most.values.shape[2] <= TOP else most.values[..., TOP]
-            seen = torch.arange(1, queries + 1, device=device).clamp(max=keys).log() if how.causal else math.log(keys)
+            counts = torch.arange(1, queries + 1, device=device, dtype=torch.float32).clamp(max=keys)
+            seen = counts.log() if how.causal else math.log(keys)
             lower = (lse - seen).amax((1, 3))
             maxima = (most.values[..., 0], lower, largest, unread, norms[0] * norms[1] * abs(how.scale), *norms)
             return _joined(maxima, _whole(how, calls, lse) if calls[0].whole else _row_sums(s[:, :, :n]))
@@ -412,7 +413,7 @@ def _row_sums(s: Tensor) -> Tensor:
 def _sums(seen: Tensor, entropy: Tensor, sink: Tensor, over: tuple[int, ...]) -> Tensor:
     """`OF_ROWS` of rows, each given alike, summed over dimensions ``over``; a row that sees no key is no row."""
     no, single = seen < 1, seen < 2
-    parts = torch.stack((entropy, entropy / seen.clamp(min=2).log(), sink))
+    parts = torch.stack((entropy, entropy / seen.clamp(min=2).float().log(), sink))
     parts.masked_fill_(torch.stack((no, single, no)), 0.0)
     return torch.cat((~torch.stack((no, single)), parts)).sum([d + 1 for d in over])
 

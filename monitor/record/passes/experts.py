@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from monitor.record.passes.dtype import sum_dtype
+
 #: Of the pass ``expert``, per expert; of the pass ``experts``, per router.
 NORM_STATS = ("norm",)
 ALIKE_STATS = ("mean_cosine", "max_cosine", "entries")
@@ -24,15 +26,15 @@ def norms(parts: Sequence[Tensor | list[Tensor]]) -> Tensor:
     Args:
         parts: parameters; each is fused, ``(expert, …)``, or one tensor per expert.
 
-    Cost: one read of the parameters. Numerics: accumulated in float32.
+    Cost: one read of the parameters. Numerics: accumulated in float32, or float64 of parameters in that.
     """
     found = []
     for p in parts:
         if isinstance(p, Tensor):
-            found.append(torch.linalg.vector_norm(p.flatten(1), dim=1, dtype=torch.float32))
+            found.append(torch.linalg.vector_norm(p.flatten(1), dim=1, dtype=sum_dtype(p)))
         else:
-            found.append(torch.stack([n.float() for n in torch._foreach_norm(p)]))
-    return torch.linalg.vector_norm(torch.stack(found), dim=0).unsqueeze(1)
+            found.append(torch.stack(torch._foreach_norm(p, dtype=sum_dtype(p[0]))))
+    return torch.linalg.vector_norm(torch.stack(found), dim=0).float().unsqueeze(1)
 
 
 def sample(parts: Sequence[Tensor | list[Tensor]]) -> list[Tensor]:
@@ -67,7 +69,8 @@ def alike(parts: Sequence[Tensor | list[Tensor]], at: Sequence[Tensor]) -> Tenso
             columns.append(each.float())
     w = torch.cat(columns, 1)
     w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    c = w @ w.T
+    with torch.autocast(w.device.type, enabled=False):
+        c = w @ w.T
     n = len(c)
     pairs = c[tuple(torch.triu_indices(n, n, 1, device=c.device))]
     return torch.stack((pairs.mean(), pairs.max(), torch.full_like(c[0, 0], w.shape[1])))

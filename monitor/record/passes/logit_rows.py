@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monitor.curvature.precision import widest
 from monitor.record.passes.arrays import Array
-from monitor.record.passes.dtype import widest
 
 STATS = (
     "n", "classes", "u_nats", "sum_norm", "max_norm", "sum_cnorm", "max_cnorm", "sum_rowstd", "sumsq", "sum_z", "max_z",

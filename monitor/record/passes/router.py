@@ -101,7 +101,7 @@ def on_device(chosen: Sequence[Tensor], experts: int, z: Sequence[Tensor] | None
 def _constants(device: torch.device, calls: int, experts: int) -> tuple[Tensor, Tensor]:
     """A one, ``(1,)``, and the number of experts of the calls before each, ``(call, 1)``."""
     before = torch.arange(calls).unsqueeze(1) * experts
-    return torch.ones(1).to(device, non_blocking=True), before.to(device, non_blocking=True)
+    return torch.ones(1, dtype=torch.float32).to(device, non_blocking=True), before.to(device, non_blocking=True)
 
 
 def _capacity(assigned: int, experts: int) -> int:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monitor.record.passes.dtype import sum_dtype, widest
+from monitor.curvature.precision import widest
+from monitor.record.passes.dtype import sum_dtype
 
 #: Elements of a buffer, 64 MB of float32; a multiple of `distance.BLOCK`.
 MOST = 1 << 24

@@ -14,32 +14,36 @@ from torch.utils.hooks import RemovableHandle
 
 from monitor.record.facts import clean, compiled_regions, unwrap
 from monitor.record.private import transformed
-from monitor.record.site import Site
+from monitor.record.site import REPLICAS, Site
 
 #: Steps between two looks, and some looks more, since the first steps change most.
 EVERY, EARLY = 50, (3, 10, 25)
-#: Modules looked at in one forward.
+#: Modules looked at in one forward, unless a site says otherwise.
 MOST = 256
 
 
-class ModuleSite(Site, ABC):
-    """Base of sites that read what modules inside a root are called with and what they return.
+class ForwardSite(Site, ABC):
+    """Base of sites that look into a root's forward with hooks on modules.
 
     On few steps, and then in the first forward of each root only, hooks are set when the forward begins and are gone
-    when it ends (each after its first call), so that the recomputation of activation checkpointing is not read twice
-    and no evaluation runs with a hook. A model with a compiled region gets none. What was read is handed to `record`
-    when the forward is trained on.
+    when it ends, so that the recomputation of activation checkpointing is not read twice and no evaluation runs with a
+    hook. A model with a compiled region gets none. What was read is handed to `record` when the forward is trained on.
     """
 
     metric = ""
+    #: Steps between two looks, and those at which it looks besides.
+    every, early = EVERY, EARLY
+    #: Modules with hooks in one forward.
+    most = MOST
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self._hooks: list[RemovableHandle] = []
+        self._armed = False  # a forward runs into which it looks
         self._looked: dict[int, tuple[int, int]] = {}
         self._open: set[int] = set()
         self._thread = 0
-        self._compiled = False
+        self._compiled = self._any = False
         self._left_out = 0
 
     # ---- what a site says
@@ -49,8 +53,8 @@ class ModuleSite(Site, ABC):
         """Modules of ``root`` to look at, with their names."""
 
     @abstractmethod
-    def read(self, module: nn.Module, name: str, inputs: Tensor, output: Tensor) -> None:
-        """One call: its first floating tensor and what came of it."""
+    def hook(self, module: nn.Module, name: str) -> Iterable[RemovableHandle]:
+        """Set the hooks of one module."""
 
     def forward_ends(self) -> None:
         """The forward in which something was read is over."""
@@ -67,7 +71,7 @@ class ModuleSite(Site, ABC):
 
     def listens(self, step: int) -> bool:
         """True if it is time."""
-        return (step % EVERY == 0 or step in EARLY) and self.due(1, step)
+        return (step % self.every == 0 or step in self.early) and self.due(1, step)
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the hooks."""
@@ -85,23 +89,17 @@ class ModuleSite(Site, ABC):
         fast = [m for m in root.modules() if isinstance(m, nn.TransformerEncoderLayer) and not m.training]
         never = {id(m) for layer in fast for m in layer.modules()}
         chosen = [(m, name) for m, name in self.choose(root, self.rec.prefix(module)) if id(m) not in never]
-        self._left_out = max(self._left_out, len(chosen) - MOST)
-        for m, name in chosen[:MOST]:
-            look = _Look(self, name)
-            # first: where the call of `m` itself has been told of, the end of that call is what takes it away again
-            look.handle = m.register_forward_hook(look, with_kwargs=True, prepend=True)
-            self._hooks.append(look.handle)
+        self._any |= bool(chosen)
+        self._left_out = max(self._left_out, len(chosen) - self.most)
+        for m, name in chosen[: self.most]:
+            self._hooks += self.hook(m, name)
+        self._armed = True
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Take the hooks away."""
-        if self._hooks:
+        if self._armed:
             self._disarm()
             self.forward_ends()
-
-    def _called(self, module: nn.Module, name: str, given: tuple[Any, ...], result: Any) -> None:
-        x, y = _tensor(given), _tensor(result if isinstance(result, tuple | list) else (result,))
-        if x is not None and y is not None:
-            self.read(module, name, x, y)
 
     def on_backward(self) -> None:
         """Keep what was read: it is being trained on."""
@@ -121,17 +119,40 @@ class ModuleSite(Site, ABC):
         self.forget()
 
     def missing(self) -> Sequence[tuple[str, str]]:
-        """What a compiled region hides, and modules beyond `MOST`. A model without such modules lacks nothing."""
+        """What compiled regions and replicas hide, and modules beyond `most`. A model without any lacks nothing."""
         why = "a compiled region is in the model: a hook inside it would recompile it"
         found = [(self.metric, why)] if self._compiled else []
+        if self._any and self.rec.replicated:
+            found.append((self.metric, REPLICAS))
         if self._left_out > 0:
-            found.append((self.metric, f"of so many modules the first {MOST}; {self._left_out} others are not"))
+            found.append((self.metric, f"of so many modules the first {self.most}; {self._left_out} others are not"))
         return found
 
     def _disarm(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._armed = False
+
+
+class ModuleSite(ForwardSite):
+    """Base of sites that read what modules inside a root are first called with and what they return."""
+
+    @abstractmethod
+    def read(self, module: nn.Module, name: str, inputs: Tensor, output: Tensor) -> None:
+        """One call: its first floating tensor and what came of it."""
+
+    def hook(self, module: nn.Module, name: str) -> Iterable[RemovableHandle]:
+        """A hook that is gone after the first call."""
+        look = _Look(self, name)
+        # first: where the call of `module` itself has been told of, the end of that call is what takes it away again
+        look.handle = module.register_forward_hook(look, with_kwargs=True, prepend=True)
+        return (look.handle,)
+
+    def _called(self, module: nn.Module, name: str, given: tuple[Any, ...], result: Any) -> None:
+        x, y = local_tensor(given), local_tensor(result if isinstance(result, tuple | list) else (result,))
+        if x is not None and y is not None:
+            self.read(module, name, x, y)
 
 
 class _Look:
@@ -164,13 +185,13 @@ def _compiled(module: nn.Module) -> bool:
     )
 
 
-def _tensor(values: Iterable[Any]) -> Tensor | None:
-    """The first floating tensor among ``values``, this rank's part of a distributed one."""
+def local_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The first floating tensor among ``values``, this rank's part of a distributed one; not detached."""
     for v in values:
         if isinstance(v, Tensor):
             v = v if type(v) is Tensor else getattr(v, "_local_tensor", v)
             if type(v) in (Tensor, nn.Parameter) and v.is_floating_point() and v.layout is torch.strided and v.numel():
-                return v.detach()
+                return v
     return None
 
 

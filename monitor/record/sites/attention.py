@@ -22,7 +22,7 @@ from monitor.record.passes import attention
 from monitor.record.passes.attention_together import MOST, Bound, Kept, Reader, read
 from monitor.record.private import saved, saved_tensor_hooks_active
 from monitor.record.scores import comes_from, find_scores
-from monitor.record.site import Site
+from monitor.record.site import REPLICAS, Site
 
 #: Steps between two looks at the saved log-sum-exp, and at what needs rows of logits.
 BOUND_EVERY, EVERY = 5, 10
@@ -35,6 +35,8 @@ _ADAPTER = re.compile(r"\.(?:lora_[AB]|base_layer)(?:\.[^.]+)?\.(?=(?:weight|bia
 #: Most calls of one module in one forward that are recorded: a decoder that attends in a loop makes very many.
 CALLS = 16
 _HOPS, _NODES = 12, 256
+#: Classes of modules that attend.
+_NAMED = re.compile(r"(?i)att(entio)?n")
 
 
 #: What was read of a call: the bound alone, everything, all but the bound, nor anything of the norms.
@@ -438,6 +440,10 @@ class AttentionSite(Site):
     def missing(self) -> Sequence[tuple[str, str]]:
         """Attention, if a call of it was seen that could not be read; a model without any lacks nothing."""
         if not self._seen:
+            if self.rec.replicated and any(
+                _NAMED.search(type(m).__name__) for r in self.rec.roots for m in r.modules()
+            ):
+                return (("attn_logit_max", REPLICAS),)
             if self._why:
                 return (("attn_logit_max", f"attention was seen, but {self._why}"),)
             if self._without_gradients:
@@ -470,9 +476,8 @@ def _larger(a: Any, b: Any) -> Any:
 
 def _exact(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """True if the entropy of all rows can be had: in 16 bits its parts are too coarse, and an added mask enters it."""
-    return (
-        q.dtype == k.dtype and q.dtype in (torch.float32, torch.float64) and (mask is None or mask.dtype == torch.bool)
-    )
+    wide = q.dtype == k.dtype and q.dtype in (torch.float32, torch.float64)
+    return wide and not torch.is_autocast_enabled(q.device.type) and (mask is None or mask.dtype == torch.bool)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], at: int, name: str) -> Any:

@@ -5,6 +5,9 @@ where it is in there, as in transformers' models; else from the loss function th
 another module is. Nothing is taken of a loss that is put together in the script: a part would pass for the whole. Nor
 of a number in the output that is not trained on, as a scale or a value. Nor of a forward of data that were trained on,
 as in scripts that evaluate both sets.
+
+A loss that is made in the same way of the output of a model in training mode, where that makes a difference, is counted
+and not kept: it is another number than the one that was asked for.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from monitor.curvature.precision import widest
+from monitor.record.facts import unwrap
 from monitor.record.mode import Watcher
 from monitor.record.passes import loss_rows
-from monitor.record.passes.dtype import widest
 from monitor.record.site import START, Site
 from monitor.record.sites._backward import BACKWARD, losses
+from monitor.record.sites._modes import Modes, averages
 from monitor.record.sites.logged import LoggedSite
 
 #: Loss functions, and the beginning of the name of the node that each leaves in the autograd graph.
@@ -53,6 +58,8 @@ ROWS, VALUES, REMEMBERED = 256, 64, 1 << 16
 MARKED = 4
 #: Part of the rows looked at that must have been trained on: then the batch is of the training data.
 PART = 0.125
+#: What is recorded of evaluations in training mode.
+STATS = ("losses", "dropouts", "norms", "evaluated")
 #: Evaluated batches in a row after which no loss was seen: then nobody looks any more.
 _VAIN = 50
 _WEIGHTS = np.random.default_rng(0).uniform(0.5, 1.5, VALUES)
@@ -77,6 +84,13 @@ class EvaluationSite(Site):
         self._makes_loss = False  # one of them was trained on
         self._vain = 0
         self._rows: dict[float, None] = {}  # what tells rows that were trained on, the oldest first
+        self._modes = Modes()
+        self._unready: tuple[int, int] | None = None  # dropouts and normalisations in training mode of the last output
+        self._vain_unready = 0
+        self._losses = self._evaluated = 0  # since the last row: losses of such outputs, forwards in evaluation mode
+        self._on = (0, 0)  # what was in training mode then
+        self._tried: set[float] = set()  # what tells their rows
+        self._trying: list[float] = []
 
     def before(self) -> dict[Any, Watcher]:
         """Look at what is trained on."""
@@ -100,6 +114,10 @@ class EvaluationSite(Site):
         self._given.clear()
         inputs = (*args, *kwargs.values())
         self._trained = [weakref.ref(x) for x in inputs if isinstance(x, Tensor)]
+        if self._tried:
+            if not self._tried.isdisjoint(self._marks(inputs)):
+                self._losses = 0  # they have chosen what to train on
+            self._tried.clear()
         if self.due(MARKED):
             self._rows.update(dict.fromkeys(self._marks(inputs)))
             for oldest in list(islice(self._rows, max(0, len(self._rows) - REMEMBERED))):
@@ -112,21 +130,50 @@ class EvaluationSite(Site):
 
     def on_evaluation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Keep the loss that the model gave back, or look for one that is made of its output."""
+        self._unready = None
+        if module.training:
+            self._unready = self._in_training(module)
+            if self._unready is None:
+                return
+        else:
+            self._evaluated += 1
         inputs = (*args, *kwargs.values())
         if _same(inputs) & _same(ref() for ref in self._trained):
             return
         marks = self._marks(inputs)
         if sum(m in self._rows for m in marks) > PART * len(marks):
             return  # the training data once more, as in scripts that evaluate both
+        self._trying = marks
         # before the first backward anything may be what will be trained on
         loss = next(_numbers(output), None) if self._makes_loss or not self._criteria else None
         if loss is not None:
-            self._add("loss", loss, 1.0)
+            if self._unready is not None:
+                self._count()
+            else:
+                self._add("loss", loss, 1.0)
             return
-        self._vain += 1
+        if self._unready is not None:
+            self._vain_unready += 1
+        else:
+            self._vain += 1
         # before the first step a model that has been tried may yet be compiled
         if self._vain <= _VAIN and self.rec.rows > 0 and self.rec.stack.look():
             self._given = _places(tree_leaves(output))
+
+    def _in_training(self, module: nn.Module) -> tuple[int, int] | None:
+        """How many dropouts and normalisations of ``module`` are in training mode; None if it is of no interest."""
+        if self.rec.rows == 0 or self._vain_unready > _VAIN:
+            return None
+        norms = [averages(m) for m in self._modes.inside(unwrap(module)) if m.training]
+        return (len(norms) - sum(norms), sum(norms)) if norms else None
+
+    def _count(self) -> None:
+        """A loss was made of the last output, which was given in training mode."""
+        assert self._unready is not None
+        self._vain_unready = 0
+        self._losses += 1
+        self._on = self._unready
+        self._tried.update(self._trying)
 
     def _marks(self, inputs: Iterable[Any]) -> list[float]:
         """A number for each row of the tensor that tells most of them apart, the same for the same row; on a CPU alone.
@@ -147,6 +194,9 @@ class EvaluationSite(Site):
         if not _places((z,)).items() & self._given.items() or result.requires_grad:
             return
         self._given.clear()
+        if self._unready is not None:
+            self._count()
+            return
         self._vain = 0  # the first is the loss, what comes then is beside it
         count: Any = z.numel()
         if func in _CLASSIFIES and not y.is_floating_point():
@@ -192,10 +242,15 @@ class EvaluationSite(Site):
 
     def waiting(self) -> bool:
         """True if the model was evaluated after its last step."""
-        return bool(self._means) and self.rec.rows > 0
+        return bool(self._means or self._losses) and self.rec.rows > 0
 
     def on_row(self) -> None:
         """Hand on what was evaluated since the last row."""
+        if self._losses:
+            self.rec.emit(
+                "evaluation_mode", STATS, "", (float(self._losses), *map(float, (*self._on, self._evaluated)))
+            )
+        self._losses = self._evaluated = 0
         self._made.clear()
         if self.rec.rows == 0 and self._criteria and not self._makes_loss:
             self._means.pop("loss", None)

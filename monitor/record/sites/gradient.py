@@ -86,9 +86,10 @@ class GradientSite(Site):
         scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler for optimizers that unscale inside
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
-        # what must stay for a gradient to be read as before: dtype and size of a plain tensor, else its type
+        # what must stay for a gradient to be read as before: device, dtype and size of a plain tensor, else its type
         kinds: list[object] = [
-            (g.dtype, g.numel()) if type(g) is Tensor and g.layout is torch.strided else type(g) for g in grads
+            (g.device, g.dtype, g.numel()) if type(g) is Tensor and g.layout is torch.strided else type(g)
+            for g in grads
         ]
         decays = [None if scale is not None else _decay(group) for group in optimizer.param_groups]
         plan = self._plans.get(id(optimizer))
@@ -115,7 +116,7 @@ class GradientSite(Site):
         close = self.due(gradient_device.EVERY, first=0)
         values = gradient_norms(grads, close)
         if isinstance(scale, Tensor):
-            values.div_(scale)
+            values.div_(scale.to(values.device, non_blocking=True))
         self.rec.emit_many("gradient", STATS, part.names, values, slice(0, values.shape[1]))
         # not counted: that would take five operations for each of them
         self.rec.emit_many("gradient", STATS, part.names, values[:, :1] * 0 != 0, slice(2, 3))
@@ -132,6 +133,8 @@ class GradientSite(Site):
         self, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor | None], kinds: list[object],
         decays: list[float | None],
     ) -> _Plan:  # fmt: skip
+        living = {id(o) for o in self.rec.optimizers}
+        self._plans = {key: plan for key, plan in self._plans.items() if key in living}
         together: dict[tuple[object, ...], list[int]] = {}
         group_of = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         known: dict[int, float | None] = {}  # a group that joined later counts its own

@@ -37,6 +37,7 @@ class LoggedSite(Site):
     def on_row(self) -> None:
         """Record what was logged since the last row."""
         for name, value in self._values.items():
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            self.rec.emit("logged", ("value",), name, tensor.float().view(1))
+            self.rec.emit(
+                "logged", ("value",), name, value.float().view(1) if isinstance(value, torch.Tensor) else (value,)
+            )
         self._values.clear()

@@ -72,6 +72,7 @@ class LogitsSite(Site):
             return
         ignore = int(kwargs.get("ignore_index", args[4] if len(args) > 4 else _IGNORE))
         classes = not y.is_floating_point()
+        y = y.long() if classes else y  # of 8 bits, none would be told from a class to be ignored that is below 0
         logp = _saved_log_probabilities(result)
         if logp is not None and logp.shape != z.shape:
             logp = None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from monitor.record.held import Held, held
 from monitor.record.mode import Watcher
 from monitor.record.site import Site
 from monitor.record.sites._backward import BACKWARD, losses
@@ -48,7 +49,7 @@ class LossSite(Site):
         super().__init__(recorder)
         self._calls: list[_Call] = []
         self._usual = (0, 0)  # calls and root forwards of the last step that was watched as a whole
-        self._given: Callable[[], Tensor | None] = lambda: None  # a parameter that the last call has given a gradient,
+        self._given: Held | None = None  # a parameter that the last call has given a gradient,
         self._gradient = 0  # and the id of that
         self._seen = False
         self._why = "no call of backward was seen"
@@ -62,21 +63,25 @@ class LossSite(Site):
         return dict.fromkeys(BACKWARD, self._backward_ended)
 
     def _backward_ended(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        given = self._given()
+        given = self._parameter()
         if given is None or given.grad is None:
-            given = next((p for root in self.rec.roots for p in root.parameters() if p.grad is not None), None)
-            if given is None:
+            found = next(((p, place) for p, place in held(self.rec.roots) if p.grad is not None), None)
+            if found is None:
                 return
-            self._given = weakref.ref(given)
+            given, self._given = found
         self._gradient = id(given.grad)
 
+    def _parameter(self) -> Tensor | None:
+        return None if self._given is None else self._given.parameter
+
     def _backward(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        anew = bool(self._calls) and (given := self._given()) is not None and given.grad is None
+        anew = bool(self._calls) and (given := self._parameter()) is not None and given.grad is None
         for loss in losses(args, kwargs):
             if loss.numel() != 1:
                 self._why = "backward was called on a tensor with more than one element"
                 continue
-            value = loss.item() if self.rec.on_cpu else loss.detach().reshape(()).float()
+            # of its own on an accelerator, where it is read later: the script may add to it, or divide it
+            value = loss.item() if self.rec.on_cpu else loss.detach().reshape(()).to(torch.float32, copy=True)
             evaluation = self.rec.evaluations if self.rec.in_closure else 0
             self._calls.append(_Call(value, self.rec.epoch, self.rec.in_step, evaluation, anew))
             anew = False
@@ -114,7 +119,7 @@ class LossSite(Site):
 
     def _is_of_last(self, optimizer: Optimizer) -> bool:
         """True if the last call has made the gradient of this update, which the user has not put together."""
-        given = self._given()
+        given = self._parameter()
         mine = any(p is given for group in optimizer.param_groups for p in group["params"])
         return given is not None and mine and id(given.grad) == self._gradient
 

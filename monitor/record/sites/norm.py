@@ -52,7 +52,8 @@ class NormSite(ModuleSite):
         features = _features(module)
         if inputs.dim() < 2 or inputs.shape[-1] != features or inputs.shape != output.shape:
             return
-        if module not in self._offsets:
+        offset = self._offsets.get(module)
+        if offset is None or (isinstance(offset, Tensor) and offset.device != inputs.device):
             own = type(module) in _TORCH or weight is None or weight.numel() != features
             some = slice(0, _TOKENS)
             x, y = inputs.reshape(-1, features)[some], output.reshape(-1, features)[some]

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from monitor.record.passes import alignment, distance, update
+from monitor.record.passes import alignment, distance, rounding, update
 from monitor.record.passes.parameter import ParameterReader
 from monitor.record.site import Site
 
 #: Steps between measurements.
 EVERY = 10
+#: Parameters of these lose updates in rounding, and are compared with what they were so many steps before.
+NARROW, BACK = (torch.bfloat16, torch.float16), 100
 
 
 @dataclass
 class _Copy:
     """A parameter as it was after the update of ``step``, and the sample of where it began."""
 
-    of: weakref.ref[Tensor]
+    of: Tensor
     before: Tensor
     start: Tensor
     step: int
 
     def fits(self, p: Tensor) -> bool:
-        """True if ``p`` can be compared with it: the same parameter, not moved, converted or resized since."""
+        """True if ``p`` can be compared with it: not moved, converted or resized since."""
         now, then = _local(p), self.before
-        return self.of() is p and (then.shape, then.dtype, then.device) == (now.shape, now.dtype, now.device)
+        return (then.shape, then.dtype, then.device) == (now.shape, now.dtype, now.device)
 
 
 @dataclass
@@ -42,6 +43,7 @@ class _Group:
     before: list[Tensor]
     copied: int  # step after whose update the copies were taken
     reader: ParameterReader
+    earlier: list[Tensor] = field(default_factory=list)  # samples of parameters of 16 bits, some steps ago
 
 
 class ParameterSite(Site):
@@ -67,7 +69,12 @@ class ParameterSite(Site):
     def _copy(self, p: Tensor, step: int) -> None:
         now = _local(p)
         before = now.detach().clone(memory_format=torch.contiguous_format)
-        self._copies[id(p)] = _Copy(weakref.ref(p), before, distance.sample(before.view(-1)).clone(), step)
+        start, known = distance.sample(before.view(-1)), self._copies.get(id(p))
+        if known is None or known.before.shape != before.shape:
+            start = start.clone()
+        else:  # moved or converted: it began where it began
+            start = known.start.to(start, non_blocking=not start.is_cpu)
+        self._copies[id(p)] = _Copy(p, before, start, step)
 
     def on_step(self, optimizer: Optimizer) -> None:
         """Record norm and change of this optimizer's parameters, and copy them if the next step is to be measured."""
@@ -85,6 +92,8 @@ class ParameterSite(Site):
     def _compare(self, group: _Group, now: list[Tensor]) -> None:
         """Record what the update did."""
         grads = [_gradient(p) for p in group.params]
+        if now[0].dtype in NARROW and self.due(EVERY, first=0):
+            self._round(group, now, grads)  # first: the reader may write to the copies
         changed, aligned, moved = group.reader.read(now, grads, self.due(EVERY, first=0))
         self.rec.emit_many("update", update.STATS, group.names, changed)
         if moved is not None:
@@ -92,6 +101,24 @@ class ParameterSite(Site):
         if aligned is not None:
             given = [name for name, g in zip(group.names, grads, strict=True) if g is not None]
             self.rec.emit_many("alignment", alignment.STATS, given, aligned)
+
+    def _round(self, group: _Group, now: list[Tensor], grads: list[Tensor | None]) -> None:
+        """Record what the update, and all of the last hundred, could not change."""
+        given = [i for i, g in enumerate(grads) if g is not None]
+        samples = [distance.sample(w.detach().reshape(-1)) for w in now]
+        back = self.due(BACK, first=0)
+        if given:
+            values = rounding.rounding_stats(
+                [samples[i] for i in given],
+                [distance.sample(group.before[i].view(-1)) for i in given],
+                [distance.sample(g.reshape(-1)) for g in grads if g is not None],
+                [now[i].numel() for i in given],
+                [group.earlier[i] for i in given] if back and group.earlier else None,
+            )
+            names = [group.names[i] for i in given]
+            self.rec.emit_many("rounding", rounding.STATS, names, values, slice(0, values.shape[1]))
+        if back:
+            group.earlier = [sample.clone() for sample in samples]
 
     def _plan(self, optimizer: Optimizer) -> list[_Group]:
         """Parameters in groups, made anew when the set of trained parameters changes."""
@@ -103,7 +130,8 @@ class ParameterSite(Site):
         for group in held[1] if held is not None else ():
             for p in group.params:
                 self._copies[id(p)].step = group.copied
-        self._copies = {key: c for key, c in self._copies.items() if c.of() is not None}
+        self._groups.pop(id(optimizer), None)
+        self._forget({id(p) for p in trained})
         together: dict[tuple[object, ...], list[Tensor]] = {}
         for p in trained:
             if not p.is_floating_point():
@@ -123,6 +151,14 @@ class ParameterSite(Site):
             groups.append(_Group(names, params, before, copies[0].step, reader))
         self._groups[id(optimizer)] = (signature, groups)
         return groups
+
+    def _forget(self, trained: set[int]) -> None:
+        """Let go of what neither the model nor an optimizer has any more."""
+        living = {id(o) for o in self.rec.optimizers}
+        self._groups = {key: held for key, held in self._groups.items() if key in living}
+        kept = trained | {id(p) for root in self.rec.roots for p in root.parameters()}
+        kept |= {id(p) for _, groups in self._groups.values() for group in groups for p in group.params}
+        self._copies = {key: c for key, c in self._copies.items() if key in kept}
 
 
 def _local(p: Tensor) -> Tensor:

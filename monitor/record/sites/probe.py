@@ -84,6 +84,7 @@ class ProbeSite(Site):
         self._due: list[_Scheduled] = []
         self._decided = -1
         self._tape: Tape | None = None
+        self._inner: weakref.ref[nn.Module] | None = None  # the root that is being called, maybe by its wrapper
         self._ended = False  # at a backward; the next forward begins another
         self._tapes: list[tuple[int, Tape]] = []  # with the attempt at an update that they belong to
         self._first: Tape | None = None
@@ -113,8 +114,16 @@ class ProbeSite(Site):
         if self._tape is None and (self._keeps or any(s.probe.taped for s in self._due)):
             random = RandomState.capture([self.rec.device])
             self._tape = Tape(self.rec.roots, random)
+        if self._tape is not None:
+            self._inner = weakref.ref(unwrap(module))
+            self._tape.enter()
         if self._local is None and any(s.probe.taped for s in self._due) and processes.several():
             self._local = processes.LocalGradients(self.rec.roots, lambda: self.rec.epoch, self._pay)
+
+    def on_inner(self, module: nn.Module) -> None:
+        """What the wrapper has turned on, as Fabric's does with autocast, is on in a replay without it too."""
+        if self._tape is not None and self._inner is not None and module is self._inner():
+            self._tape.enter()
 
     def _pay(self, seconds: float) -> None:
         self.rec.spent += seconds
@@ -184,7 +193,7 @@ class ProbeSite(Site):
         """Backward is called on ``loss``, maybe not the first that was made of the last forward."""
         tape = tape.twin() if self._ended else tape
         self._ended = True
-        tape.end(loss, gradient, self.rec.on_cpu)
+        tape.end(loss, gradient)
         if not tape.complete:
             self._why_no_tape = "the loss does not stem from a call of the model that can be seen"
             return

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitor.record.experts import Router
+from monitor.record.experts import Router, spread
 from monitor.record.mode import Watcher
 from monitor.record.passes.experts import ALIKE_STATS, NORM_STATS, alike, norms, sample
 from monitor.record.passes.router import (
@@ -42,7 +42,7 @@ from monitor.record.passes.router import (
     z_of,
 )
 from monitor.record.private import saved
-from monitor.record.site import START, Site
+from monitor.record.site import REPLICAS, START, Site
 
 #: Steps between two looks.
 EVERY = 5
@@ -141,6 +141,7 @@ class RouterSite(Site):
         self._sizes: dict[str, int] = {}
         self._samples: dict[str, list[Tensor]] = {}
         self._past: dict[str, list[tuple[int, Any]]] = {}
+        self._spread: tuple[str, str] | None = None  # a router whose experts are spread, and over what
         self._without_gradients = False  # a choice that may be a router's
         self._without_scores = True  # of every router so far
 
@@ -223,13 +224,15 @@ class RouterSite(Site):
     def _is_router(self, name: str, source: _Source, k: int, largest: bool) -> bool:
         if name in self.routers or (largest and name in self._others):
             return name in self.routers
-        router = Router.of(name, source.weight, source.transposed, k)
         known = bool(_NAME.search(name)) or (source.gate is not None and not largest)
-        if known or (source.gate is not None and router.parts(self.rec.roots)):
-            self.routers[name] = router
-        elif largest:
+        if known or source.gate is not None:
+            router = Router.of(self.rec.roots, name, source.weight, source.transposed, k)
+            if known or router.parts(self.rec.roots):
+                self.routers[name] = router
+                return True
+        if largest:
             self._others.add(name)
-        return name in self.routers
+        return False
 
     def _numbered(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A cumulative sum: of what a router chose, it numbers the assignments of each expert."""
@@ -295,7 +298,7 @@ class RouterSite(Site):
             kind = (first.device, len(seen.sums), len(first)) if isinstance(first, Tensor) else None
             together.setdefault(kind, []).append(name)
         for kind, names in together.items():
-            early = [self._early(name) for name in names]
+            early = [self._early(name, self._row[name].sums[0]) for name in names]
             parts: list[list[Any]] = [self._row[name].sums for name in names]
             values: Any
             loads: Any
@@ -319,7 +322,9 @@ class RouterSite(Site):
             lacks.setdefault(frozenset(absent), []).append(i)
         for absent, at in lacks.items():
             places = self._tuple(names[i] for i in at)
-            some = values if len(at) == len(names) else values[at]
+            some = values
+            if len(at) < len(names):  # a list of places would be sent to an accelerator, and waited for
+                some = torch.stack([values[i] for i in at]) if isinstance(values, Tensor) else values[at]
             for part in _runs(absent):
                 self.rec.emit_many("router", STATS, places, some[:, part], part)
 
@@ -332,12 +337,20 @@ class RouterSite(Site):
             if _EARLY not in self._row[name].absent and (not past or self.rec.step >= _APART * past[-1][0]):
                 past.append((self.rec.step, z_of(vector)))
 
-    def _early(self, name: str) -> Any:
-        """The z-loss at `PART` of the steps so far, or a little earlier; None if it was not known then."""
+    def _early(self, name: str, like: Vector) -> Any:
+        """The z-loss at `PART` of the steps so far, or a little earlier; None if it was not known then.
+
+        Nor is it known where ``like``, the sums of now, are elsewhere than those of then: that would be waited for.
+        """
         past, wanted = self._past.get(name, []), PART * self.rec.step
         while len(past) > 1 and past[1][0] <= wanted:
             past.pop(0)
-        return past[0][1] if past and past[0][0] <= wanted else None
+        if not past or past[0][0] > wanted:
+            return None
+        found = past[0][1]
+        if isinstance(found, Tensor) and isinstance(like, Tensor):
+            return found if found.device == like.device else None
+        return None if isinstance(found, Tensor) or isinstance(like, Tensor) else found
 
     def _loads(self, names: list[str], loads: Any) -> None:
         """Record ``(expert, 2)`` loads of every router for which there is room."""
@@ -367,13 +380,16 @@ class RouterSite(Site):
         """Norms of the experts, and how alike they are."""
         for name, router in self.routers.items():
             parts = router.parts(self.rec.roots)
-            if not parts:
+            why = spread(parts)
+            if why is not None:
+                self._spread = name, why
+            if not parts or why is not None:
                 continue
             found = norms(parts)
             if self._sizes.get(name) == len(found):
                 self.rec.emit_many("expert", NORM_STATS, [f"{name}[{e}]" for e in range(len(found))], found)
             at = self._samples.get(name)
-            if at is None:
+            if at is None or at[0].device != found.device:
                 at = self._samples[name] = sample(parts)
             if any(len(i) for i in at):
                 self.rec.emit("experts", ALIKE_STATS, name, alike(parts, at))
@@ -390,21 +406,28 @@ class RouterSite(Site):
         """Loads of experts beyond `LOADS`, and choices of which too little can be told. None without routers."""
         if self._without_gradients and not self.routers:
             return (("router_balance", _REENTRANT),)
+        if self.rec.replicated and not self.routers:
+            names = (name for r in self.rec.roots for name, m in r.named_modules() if m._parameters)
+            return (("router_balance", REPLICAS),) if any(map(_NAME.search, names)) else ()
         found = [("router_balance.z", _NO_SCORES)] if self.routers and self._without_scores else []
         left = [name for name, size in self._sizes.items() if size == 0]
         if left:
             why = f"more than {LOADS:,} experts: loads of {left[0]} and {len(left) - 1} others are not"
             found.append(("router_load", why))
+        if self._spread is not None:
+            name, where = self._spread
+            found += [
+                (m, f"the experts of {name} are spread over {where}") for m in ("expert_norm", "expert_similarity")
+            ]
         return found
 
 
 def _stacked(early: list[Any], like: Tensor) -> Tensor | None:
     """``(router,)``, NaN where nothing is known; None if nothing at all is."""
-    there = [z if isinstance(z, Tensor) and z.device == like.device else None for z in early]
-    if all(z is None for z in there):
+    if all(z is None for z in early):
         return None
     nothing = like.new_full((), math.nan)
-    return torch.stack([nothing if z is None else z for z in there])
+    return torch.stack([nothing if z is None else z for z in early])
 
 
 def _runs(absent: frozenset[int]) -> Iterator[slice]:

@@ -14,6 +14,8 @@ from monitor.record.mode import Watcher
 from monitor.record.site import Site
 
 _SCALE = ("scale", "skipped")
+#: Updates skipped in a row at the end of a run that make a row of their own: nothing else would tell of them.
+MANY = 20
 
 
 class StateSite(Site):
@@ -94,6 +96,10 @@ class StateSite(Site):
             names = (f"{label}.group[{i}]" if label else f"group[{i}]" for i in range(number))
             known = self._names[label, number] = tuple(names)
         return known
+
+    def waiting(self) -> bool:
+        """True if one update after the other was skipped since the last one that was made."""
+        return self._unscaled - self.rec.stepped >= MANY
 
     def on_row(self) -> None:
         """Record what belongs to the step as a whole."""

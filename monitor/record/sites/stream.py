@@ -27,11 +27,11 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 @dataclass
 class _Output:
-    """What one block returned, and where in memory its input and its output were."""
+    """What one block returned, and what tells its input and its output: where they were, and who made them."""
 
     name: str
-    given: int
-    returned: int
+    given: frozenset[Any]
+    returned: frozenset[Any]
     shape: tuple[int, ...]
     fits: bool
     values: Any
@@ -77,14 +77,14 @@ class StreamSite(ModuleSite):
         values = None
         if fits:
             values = np.array(stream_stats(output, start)) if alone else output_sizes(output, start)
-        seen = _Output(name, inputs.data_ptr(), output.data_ptr(), tuple(output.shape), fits, values)
+        seen = _Output(name, _marks(inputs), _marks(output), tuple(output.shape), fits, values)
         self._read.setdefault(self._lists[name], []).append(seen)
 
     def forward_ends(self) -> None:
         """Keep the outputs of lists whose blocks were handed each other's."""
         for container, outputs in self._read.items():
-            returned = {o.returned for o in outputs}
-            links = sum(o.given in returned and o.given != o.returned for o in outputs)
+            returned = frozenset[Any]().union(*(o.returned for o in outputs))
+            links = sum(bool(o.given & returned) and not o.given & o.returned for o in outputs)
             alike = len({o.shape for o in outputs}) == 1 and all(o.fits for o in outputs)
             if not alike or len(outputs) < 2 or 2 * links < len(outputs) - 1:
                 self._unlinked.add(container)
@@ -109,6 +109,14 @@ class StreamSite(ModuleSite):
         """Drop what was never trained on, and hold no module: the model may be let go of."""
         self._values.clear()
         self._lists.clear()
+
+
+def _marks(x: Tensor) -> frozenset[Any]:
+    """What tells a tensor: its place in memory and, as blocks may have a device each, the node it is a copy from."""
+    node: Any = x.grad_fn
+    while type(node).__name__ == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    return frozenset((x.data_ptr(), node) if node is not None else (x.data_ptr(),))
 
 
 def _alone(x: Tensor) -> bool:
