@@ -66,7 +66,6 @@ UNHEARD = {
     "autocast_around_loop",  # tests/rules/test_precision.py
     "batch_norm_few_examples",  # tests/rules/test_mistakes.py
     "double_sigmoid",  # tests/rules/test_mistakes.py
-    "dead_units",  # tests/rules/test_units.py
     "evaluated_in_train_mode",  # tests/rules/test_loops.py
     "gradient_conflict",
     "gradient_underflow",  # tests/rules/test_precision.py
@@ -75,12 +74,9 @@ UNHEARD = {
     "opposing_groups",
     "optimizer_state_not_restored",  # tests/rules/test_precision.py
     "parameters_in_two_optimizers",  # tests/record/test_overlap.py
-    "saturated_units",  # tests/rules/test_units.py
-    "suspected_label_errors",  # tests/record/test_example.py
     "token_drops",
     "trained_in_eval_mode",  # tests/rules/test_loops.py
     "uniform_attention",
-    "unshuffled_data",  # tests/rules/test_loops.py
     "updates_lost_to_rounding",  # tests/rules/test_precision.py
 }
 

@@ -326,7 +326,7 @@ def _notes(view: View, everything: bool) -> RenderableType:
         rows.append((caption("cost"), Text(f"recording took {fraction:.1%} of the training time", "dim")))
 
     def add(label: str, lines: Sequence[str]) -> None:
-        shown = lines if everything else lines[:FEW]
+        shown = lines if everything or len(lines) <= FEW else lines[: FEW - 1]
         if len(lines) > len(shown):
             shown = [*shown, f"… and {len(lines) - len(shown)} more, --all lists them"]
         if shown:

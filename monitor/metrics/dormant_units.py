@@ -1,7 +1,7 @@
 """Dead and dormant units behind every activation function.
 
     s_i = E|h_i| / (mean_k E|h_k| + 1e-9),   dead: s_i ≤ 0,   dormant: s_i ≤ 0.025
-    persistence = |A ∩ B| / |A|,   A and B: what is dormant at the look before and at this one
+    persistence = of the units dormant at the look before, the share that still is
 
 h is what the activation function returns in the module's call, in a forward that is trained on; E is over examples and
 positions, of which at most 4,096 are read, evenly spaced. A unit is a channel behind a convolution and a feature (of

@@ -31,8 +31,8 @@ from monitor.rules._units import GATE, LOOKS, ROLE, ROWS, TRAININGS, UNITS, befo
 
 def check(window: Window, p: Mapping[str, float]) -> Iterable[Hits]:
     """Layers most of whose units are saturated."""
-    block = window["saturated_units.share"]
-    share = block["saturated_units.share"]
+    block = window["saturation.share"]
+    share = block["saturation.share"]
     judged, units, rows, role = layers(window, block, p)
     judged &= role != GATE
     mask = judged & (share >= p["share"])
@@ -61,7 +61,7 @@ RULE = Rule(
         Param("units", 8, "units", "as dead_units"),
         Param("rows", 16, "rows", "as dead_units"),
     ),
-    needs=("saturated_units.share", UNITS, ROWS, ROLE),
+    needs=("saturation.share", UNITS, ROWS, ROLE),
     check=check,
     lookback=LOOKS,
     hold=3,

@@ -41,7 +41,7 @@ def check(name: str, run: monitor.Run, reentrant: bool | None = None) -> None:
     by_hand = name.endswith("eager") or name.startswith("gemma2")
     gone = {"pathway_distance"} if expert else set()  # a dozen steps are too short for a probe
     if reentrant is True:
-        gone = {"attn_logit_max", "router_balance"} if expert else {"attn_logit_max"}
+        gone = {"attn_logit_max", "dormant_units"} | ({"router_balance"} if expert else set())
     elif by_hand and reentrant is False:
         gone |= {"qk_norm_bound"}
     elif not by_hand and (reentrant is False or name in NO_BOUND):

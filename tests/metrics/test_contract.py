@@ -153,7 +153,7 @@ COLUMNS = {
     "tokens rows margin mutual_information over_capacity dropped early_z",
     "router_load": "load",
     "qk_norm_bound": "bound alignment q_norm k_norm",
-    "saturated_units": "share",
+    "saturation": "share",
     "sc_headroom": "q05 q50",
     "sgd_stability": "ratio stderr",
     "sharpness": "value residual converged products examples parameters loss of_step",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,46 @@ def test_labels_that_are_none(tmp_path: Path) -> None:
     run = monitor.open(tmp_path / "run")
     assert "example_margin" not in run.metrics()
     assert "the label of an example changes from one visit to the next" in {a["why"] for a in run.info["absent"]}
+
+
+@pytest.mark.slow
+def test_training_without_them(tmp_path: Path) -> None:
+    """Oracle: definition. A tenth of 1,200 labels replaced: the tenth with the least margin left out, held-out digits.
+
+    The means of 5 seeds are told by the README and the rule: 0.893 with all, 0.973 without those, 0.978 with clean
+    labels; 0.92 and 0.91 of those left out, by an early and the last table, had wrong labels.
+    """
+    images, labels = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    images = (images / 16).float()
+
+    def fit(x: Tensor, y: Tensor, seed: int, rest: Tensor, folder: Path | None = None) -> float:
+        torch.manual_seed(seed)
+        layers = (nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+        model = nn.Sequential(*layers)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        with monitor.attach(model, folder) if folder else nullcontext():
+            for _ in range(60):
+                for rows in torch.randperm(len(x)).split(50):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x[rows]), y[rows]).backward()
+                    optimizer.step()
+        return float((model(images[rest]).argmax(1) == labels[rest]).float().mean())
+
+    found = []
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=g)
+        some, rest = order[:1200], order[1200:]
+        x, y = images[some], labels[some].clone()
+        replaced = torch.rand(1200, generator=g) < 0.1
+        y[replaced] = (y[replaced] + torch.randint(1, 10, (int(replaced.sum()),), generator=g)) % 10
+        folder = tmp_path / str(seed)
+        noisy = fit(x, y, seed, rest, folder)
+        run = monitor.open(folder)
+        assert "suspected_label_errors" in {f.rule for f in run.findings()}
+        worst = torch.from_numpy(np.isin(fingerprints(x).numpy(), examples(run)["example"].to_numpy()[:120]))
+        wrong = float(replaced[worst].float().mean())
+        found.append([noisy, wrong, fit(x[~worst], y[~worst], seed, rest), fit(x, labels[some], seed, rest)])
+    noisy, wrong, without, clean = np.mean(found, axis=0)
+    assert noisy < 0.92 < 0.96 < without < clean + 0.005
+    assert wrong > 0.85

@@ -178,7 +178,7 @@ def test_every_function_is_seen(tmp_path: Path) -> None:
     assert set(column(run, "units")) == set(names)
     assert set(column(run, "units").values()) == {6} and set(column(run, "rows").values()) == {9}
     assert {n for n, role in column(run, "role").items() if role != HIDDEN} == {list(names)[-1]}
-    bounded = {names[m] for m in run.frame("saturated_units")["module"]}
+    bounded = {names[m] for m in run.frame("saturation")["module"]}
     assert bounded == {n for n in CALLS if any(b in n.lower() for b in ("sigmoid", "tanh"))}
 
 

@@ -18,7 +18,7 @@ def layers(
     """The share of saturated units of two layers (of one, if a look is one number), at every look."""
     names = LAYERS[: len(share[0])] if isinstance(share[0], Sequence) else LAYERS[:1]
     nothing = [[0.0] * len(names) for _ in share]
-    return (column("saturated_units.share", share, names, LOOKS[: len(share)]), *with_units(nothing, units, rows, role))
+    return (column("saturation.share", share, names, LOOKS[: len(share)]), *with_units(nothing, units, rows, role))
 
 
 CASES = (

@@ -145,5 +145,5 @@ def test_healthy(training: Training, tmp_path: Path) -> None:
     run = training.recorded(tmp_path / "run")
     assert [f for f in run.findings() if f.rule in RULES] == []
     metrics = run.metrics()
-    judged = {"dead_units"} | ({"saturated_units"} if "saturated_units" in metrics else set())
+    judged = {"dead_units"} | ({"saturated_units"} if "saturation" in metrics else set())
     assert judged.isdisjoint(run.verdict().unjudged)

@@ -41,7 +41,7 @@ def oracle() -> Iterable[Case]:
 
 
 METRIC = Metric(
-    id="saturated_units",
+    id="saturation",
     title="Saturated units",
     site="activation",
     columns=(Column("share", "fraction", "units at an end of their range on more than 95 % of the rows"),),
