@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
+# the tests of a file stay together, as they share what was expensive to make; most of them wait for other processes
+PARALLEL := -n 2 --dist loadfile
 SAMPLES := $(basename $(notdir $(wildcard sample_runs/*.py)))
 
 .DEFAULT_GOAL := help
@@ -28,14 +30,14 @@ run: $(READY) ## Train two models that go wrong, recorded, and inspect both (30 
 	@echo; echo "The same in the browser:  $(BIN)/monitor dashboard runs"
 
 test: $(READY) ## Run the tests (slow ones too: make test ARGS='-m ""')
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: $(READY) ## What CI runs: format, lint, types, generated docs, tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --warnings
 	@$(BIN)/python -m monitor_cli.docs --check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 bench: $(READY) ## Measure the overhead on this machine
 	@for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit; done
