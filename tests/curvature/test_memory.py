@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 import monitor
 from monitor.curvature import Hessian, LossClosure
 from monitor.errors import MonitorError
+from tests.warm import ROOT
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -126,11 +128,12 @@ def all_of_it(folder: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     # glibc gives back what is mapped by itself, so that no free list hides what is used; threads share one arena
-    with pytest.MonkeyPatch.context() as env:
-        env.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-        env.setenv("MALLOC_ARENA_MAX", "1")
-        with get_context("spawn").Pool(1) as pool:
-            return pool.apply(all_of_it, (str(tmp_path_factory.mktemp("memory")),))
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    code = f"import json, sys; from {__name__} import all_of_it; print(json.dumps(all_of_it(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(tmp_path_factory.mktemp("memory"))]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_graph_that_does_not_fit_is_recomputed(found: dict[str, Any]) -> None:
