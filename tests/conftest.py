@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,22 @@ def nothing_of_before() -> None:
     """What was imported, or left by other files, is not searched for garbage, models and optimizers again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Of what has been compiled, or is to be, elsewhere: there every forward is watched, and no evaluation is."""
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    import torch._dynamo
+    import torch._dynamo.utils
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def pytest_unconfigure() -> None:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 import monitor
 from monitor.diagnosis.report import describe
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")  # or no evaluation is seen
+
 
 def network() -> nn.Sequential:
     conv = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
